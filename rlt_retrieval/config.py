@@ -1,0 +1,237 @@
+"""Typed, frozen run configuration: recipes are complete TOML files; unknown keys and wrong types raise."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlt_retrieval.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of all configuration tables."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class VideoSettings(Settings):
+    """How a clip becomes tokens and tokens an embedding; saved with every model.
+
+    layout, length_bias, cls_bias: see encoders/video.py. reducer "rlt" drops repeating patches by `threshold` and
+    `reference` (encoders/tokenizer.py), "none" keeps all. stochastic_depth and patch_dropout act in training only.
+    """
+
+    layout: Literal["joint", "frame"] = "frame"
+    length_bias: bool = False
+    cls_bias: Literal["zero", "log_T"] = "zero"
+    reducer: Literal["rlt", "none"] = "rlt"
+    threshold: float = Field(0.1, allow_inf_nan=False)
+    reference: Literal["previous", "anchor"] = "anchor"
+    tubelet_size: Literal[1, 2] = 1
+    num_frames: int = Field(16, ge=1)
+    stochastic_depth: float = Field(0.0, ge=0, lt=1)
+    patch_dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> VideoSettings:
+        if self.num_frames % self.tubelet_size:
+            raise ValueError(
+                f"num_frames {self.num_frames} is no multiple of tubelet_size {self.tubelet_size}"
+            )
+        if self.cls_bias != "zero" and not self.length_bias:
+            raise ValueError("cls_bias needs length_bias = true")
+        if self.layout == "frame" and (self.tubelet_size != 1 or self.patch_dropout or self.length_bias):
+            raise ValueError(
+                "layout 'frame' takes tubelet_size 1, no patch_dropout and no length_bias; use 'joint'"
+            )
+        return self
+
+    @property
+    def num_tubelets(self) -> int:
+        return self.num_frames // self.tubelet_size
+
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+
+
+class ModelRecipe(Settings):
+    """Where the weights start. `backbone_config` (an open_clip configuration table) replaces `backbone`."""
+
+    backbone: str = "ViT-B-16"
+    pretrained: str = "openai"  # tag, file, or "none" for random weights
+    backbone_config: dict[str, Any] | None = None
+    quick_gelu: bool | None = None
+
+
+class DataRecipe(Settings):
+    """Shards and how they are read."""
+
+    train: tuple[str, ...] = Field(min_length=1, strict=False)
+    eval: tuple[str, ...] = Field((), strict=False)
+    num_streams: int = Field(8, ge=1)
+    shuffle_buffer: int = Field(1000, ge=1)
+    crop_scale: tuple[PositiveShare, PositiveShare] | None = Field(None, strict=False)
+    num_workers: int = Field(1, ge=0)
+    decode_timeout_seconds: float = Field(60.0, gt=0, le=86400)
+    max_bad_fraction: float = Field(0.1, ge=0, le=1)
+
+
+class OptimRecipe(Settings):
+    """Loss, batch and schedule. `batch_size` counts clips over all ranks; `token_budget` cuts micro-batches."""
+
+    loss: Literal["clip", "siglip"] = "clip"
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=2)
+    token_budget: int = Field(65536, ge=1)
+    learning_rate: float = Field(gt=0)
+    final_learning_rate: float = Field(0.0, ge=0)
+    added_lr_scale: float = Field(1.0, gt=0)  # of what is added beside the towers and starts at zero
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[Share, Share] = Field((0.9, 0.98), strict=False)
+    max_grad_norm: float = Field(1.0, gt=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    gradient_checkpointing: bool = False
+
+
+class Recipe(Settings):
+    """One training run, whole. See configs/ for examples."""
+
+    run_dir: str
+    seed: int = Field(0, ge=0)
+    eval_every: int = Field(0, ge=0)  # steps; 0: only at the end
+    checkpoint_every: int = Field(100, ge=1)
+    model: ModelRecipe = ModelRecipe()
+    video: VideoSettings
+    data: DataRecipe
+    optim: OptimRecipe
+
+    @model_validator(mode="after")
+    def _batch_fits_streams(self) -> Recipe:
+        if self.optim.batch_size % self.data.num_streams:
+            raise ValueError(
+                f"optim.batch_size {self.optim.batch_size} is no multiple of data.num_streams {self.data.num_streams}"
+            )
+        return self
+
+
+def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        name_or_path: a TOML file, or the name of a recipe that ships with the package ("demo").
+        overrides: "table.key=value" each; the value in TOML's own notation, a bare word is a string.
+    Raises:
+        ConfigError: no such recipe, no TOML, an unknown key, a wrong type; names the key and what is expected.
+    """
+    path = find_recipe(name_or_path)
+    try:
+        values = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not TOML: {error}") from error
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"recipe {path}: {explain(error, Recipe)}") from error
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """The file of a recipe given by path or by name.
+
+    Raises:
+        ConfigError: neither a file nor a known name.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    folders = [folder for folder in _recipe_folders() if folder.is_dir()]
+    for folder in folders:
+        candidate = folder / f"{name_or_path}.toml"
+        if path.parent == Path() and candidate.is_file():
+            return candidate
+    names = sorted({file.stem for folder in folders for file in folder.glob("*.toml")})
+    raise ConfigError(f"recipe {str(name_or_path)!r} is neither a file nor one of: {', '.join(names)}")
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem of a pydantic error in one line, with the nearest known key for a misspelt one."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(model, first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    if first["type"] == "missing":
+        return f"key {key!r} is missing; add it or pass --set {key}=…"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key or 'values'}: {message}" + (f" (got {first['input']!r})" if key else "")
+
+
+def _known_keys(model: Any, location: tuple[Any, ...]) -> list[str]:
+    for part in location:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+def _recipe_folders() -> tuple[Path, ...]:
+    package = Path(__file__).parent
+    return (package / "configs", package.parent / "configs")
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """ "table.key=value" as key and value; the value in TOML's own notation, a bare word is a string.
+
+    Raises:
+        ConfigError: no "=" or no key.
+    """
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {override!r}: expected key=value, e.g. optim.steps=100")
+    try:
+        return key.strip(), tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), text.strip()
+
+
+def parse_video_settings(overrides: Iterable[str]) -> dict[str, Any]:
+    """ "key=value" each, checked, as arguments for `VideoTextModel.create`.
+
+    Raises:
+        ConfigError: no field of `VideoSettings`, or an impossible value.
+    """
+    values = dict(parse_override(override) for override in overrides)
+    try:
+        VideoSettings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"--set: {explain(error, VideoSettings)}") from error
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, value = parse_override(override)
+    *tables, last = key.split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override!r}: {table!r} is a value, not a table")
+    values[last] = value
+
+
+def default_num_workers() -> int:
+    """Decoding processes by core count: a quarter of the cores, at least one (the rest compute)."""
+    return max(1, num_cores() // 4)
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
