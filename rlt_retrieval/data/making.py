@@ -1,0 +1,165 @@
+"""Making shards from videos: cut clips out in worker processes, go on where a killed run stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlt_retrieval.data.failures import FailureLog
+from rlt_retrieval.data.files import make_folder, write_whole
+from rlt_retrieval.data.shards import (
+    BadSample,
+    ShardSample,
+    check_keys,
+    check_shard_size,
+    sanitize_key,
+    scan_shard,
+    shard_name,
+    write_tar,
+)
+from rlt_retrieval.data.sources import SourceClip
+from rlt_retrieval.data.video import cut_span
+from rlt_retrieval.data.workers import Failure, Item, WorkerPool
+from rlt_retrieval.errors import ShardError
+
+
+@dataclass(frozen=True)
+class MakeReport:
+    """What `make_shards` left in its folder; `failures` are the clips left out (`shard` names the video)."""
+
+    shards: tuple[Path, ...]
+    num_clips: int
+    failures: tuple[BadSample, ...]
+
+
+def make_shards(
+    clips: Sequence[SourceClip],
+    out_dir: str | Path,
+    *,
+    samples_per_shard: int,
+    short_side: int = 288,
+    num_workers: int,
+    timeout_seconds: float,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> MakeReport:
+    """Cut every clip out of its video in worker processes and write the shards; repeat the call to go on.
+
+    Shard i holds source clips i·n … (i+1)·n − 1, so finished shards are kept when a killed run is repeated
+    with the same clips, settings and files (`plan.json` tells). Clips that cannot be read are left out and
+    listed in `failures.jsonl`. `dataset.json` with the counts is written last. `on_progress(num_done,
+    num_clips)`.
+
+    Raises:
+        ShardError: no clip, two clips of one name, something else in the folder, no clip readable, disk full.
+    """
+    check_shard_size(samples_per_shard)
+    folder = Path(out_dir)
+    keys = [sanitize_key(clip.name) for clip in clips]
+    if not clips:
+        raise ShardError(f"{folder}: no clip to make shards from; give a source with at least one")
+    check_keys(keys, set())
+    _claim_folder(folder, _plan(clips, samples_per_shard, short_side))
+    log = FailureLog(folder / "failures.jsonl", max_bad_fraction=1.0)
+    keyed = list(zip(keys, clips, strict=True))
+    starts = range(0, len(keyed), samples_per_shard)
+    parts = {folder / shard_name(n): keyed[i : i + samples_per_shard] for n, i in enumerate(starts)}
+    todo = {shard: part for shard, part in parts.items() if not shard.exists()}
+    num_done = len(keyed) - sum(map(len, todo.values()))
+    missing = [clip for part in todo.values() for _, clip in part]
+    with (
+        WorkerPool(num_workers, timeout_seconds) as pool,
+        closing(_cut_all(pool, missing, short_side)) as results,
+    ):
+        for shard, part in todo.items():
+            samples = []
+            for (key, clip), result in zip(part, results, strict=False):
+                if isinstance(result, bytes):
+                    samples.append(_clip_sample(key, clip, result))
+                else:
+                    # decoding errors name the video themselves, and so does the list
+                    log.bad(key, str(clip.video), result.removeprefix(f"{clip.video}: "))
+                num_done += 1
+                if on_progress:
+                    on_progress(num_done, len(keyed))
+            if samples:
+                write_tar(shard, samples)
+    return _finish(folder, [shard for shard in parts if shard.exists()], log.failures)
+
+
+def _cut_all(
+    pool: WorkerPool, clips: Sequence[SourceClip], short_side: int
+) -> Generator[bytes | str, None, None]:
+    """For every clip in order its bytes, or why there are none."""
+    tasks = ((clip.video, clip.start_seconds, clip.end_seconds, short_side) for clip in clips)
+    media = b""
+    for event in pool.run(_cut, tasks, ordered=True):
+        if isinstance(event, Item):
+            media = event.value
+        else:
+            yield event.message if isinstance(event, Failure) else media
+
+
+def _cut(video: Path, start_seconds: float, end_seconds: float | None, short_side: int) -> Iterator[bytes]:
+    end_seconds = math.inf if end_seconds is None else end_seconds
+    yield cut_span(video, start_seconds=start_seconds, end_seconds=end_seconds, short_side=short_side)
+
+
+def _clip_sample(key: str, clip: SourceClip, media: bytes) -> ShardSample:
+    return ShardSample(key, media, clip.captions, str(clip.video), clip.start_seconds, clip.end_seconds)
+
+
+def _plan(clips: Sequence[SourceClip], samples_per_shard: int, short_side: int) -> bytes:
+    """What the shards are made from, as JSON; other clips, settings or changed files give another plan."""
+    digest = hashlib.sha256()
+    for clip in clips:
+        try:
+            status = clip.video.stat()
+            file_identity: tuple[int, ...] = (status.st_size, status.st_mtime_ns)
+        except OSError:
+            file_identity = ()
+        row = (str(clip.video), file_identity, clip.start_seconds, clip.end_seconds, clip.captions, clip.name)
+        digest.update(json.dumps(row).encode())
+    settings = {"num_clips": len(clips), "samples_per_shard": samples_per_shard, "short_side": short_side}
+    return json.dumps({**settings, "clips_sha256": digest.hexdigest()}, indent=1).encode() + b"\n"
+
+
+def _claim_folder(folder: Path, plan: bytes) -> None:
+    """Make the folder ours, or find that it is: empty, or holding this very plan."""
+    make_folder(folder)
+    plan_file = folder / "plan.json"
+    if plan_file.exists():
+        if plan_file.read_bytes() != plan:
+            raise ShardError(
+                f"{folder}: holds shards of other clips or settings; choose an empty folder or delete it"
+            )
+        return
+    leftover = f".{plan_file.name}.tmp"
+    if foreign := sorted(path.name for path in folder.iterdir() if path.name != leftover):
+        raise ShardError(
+            f"{folder}: not empty ({foreign[0]}) and not begun by this command; choose an empty folder"
+        )
+    write_whole(plan_file, lambda file: file.write(plan))
+
+
+def _finish(folder: Path, shards: Sequence[Path], failures: Sequence[BadSample]) -> MakeReport:
+    written = {entry.key for shard in shards for entry in scan_shard(shard)}
+    if not written:
+        raise ShardError(
+            f"{folder}: none of the clips could be read (first: {failures[0].shard}: {failures[0].reason}); "
+            "see failures.jsonl there"
+        )
+    # a clip that failed before the run was killed may have succeeded in the repeat
+    failures = tuple(failure for failure in failures if failure.key not in written)
+    counts = {
+        "num_clips": len(written),
+        "num_failures": len(failures),
+        "shards": [shard.name for shard in shards],
+    }
+    text = json.dumps(counts, indent=1).encode() + b"\n"
+    write_whole(folder / "dataset.json", lambda file: file.write(text))
+    return MakeReport(tuple(shards), len(written), failures)

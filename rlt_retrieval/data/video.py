@@ -1,0 +1,594 @@
+"""Video files to uint8 frames and back: the only module that knows FFmpeg (through PyAV).
+
+Which frame is on screen when, and which are taken, is said in `data.timeline`; where their pixels go, in
+`data.geometry`.
+
+Memory. Decoding streams: one full-size frame is held, and only the frames that a sampling plan wants are
+scaled and kept (small), so a ten-hour file costs no more memory than a short one.
+
+Safety. The bytes are read by Python and handed to FFmpeg, so that neither a file's name nor a playlist inside
+it can make FFmpeg open another file or URL. One thread: frame threads can deadlock when a broken file is
+closed, and the workers already fill the cores.
+
+Shapes: T frames, C = 3 channels (RGB), H height, W width. Times in seconds, float64.
+"""
+
+import io
+import math
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from av.codec.context import Flags
+from av.stream import Disposition
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from rlt_retrieval.data.geometry import (
+    CropBox,
+    FrameTransform,
+    cut_out,
+    display_size,
+    fit,
+    random_box,
+    shrunk,
+)
+from rlt_retrieval.data.timeline import (
+    SAME_INSTANT_SECONDS,
+    Clock,
+    Strip,
+    VideoSummary,
+    any_on_screen,
+    count_windows,
+    missing_seconds,
+    segment_times,
+    shown_until,
+    tagged_seconds,
+    window_plan,
+    window_span,
+)
+from rlt_retrieval.errors import VideoDecodeError
+
+Source = str | Path | bytes
+
+BAD_PACKETS_IN_A_ROW = 500  # then decoding gives up; a cut stream may lose a group of pictures
+DEFAULT_FRAME_SECONDS = 0.04  # of a lone frame that says nothing about its duration or rate
+INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # FFmpeg's names; seeking is exact in these
+CUT_TICKS_PER_SECOND = 240_000  # exact for 24, 25, 30, 50, 60, n·1000/1001 frames a second and milliseconds
+
+# swscale's defaults skip chroma columns (two grey levels off on average); BITEXACT: the same on every CPU.
+_EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
+_KERNELS = {"bicubic": Interpolation.BICUBIC | _EXACT, "bilinear": Interpolation.BILINEAR | _EXACT}
+
+
+# ---------------------------------------------------------------------------------------- public types
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Sampled frames of one span of a video.
+
+    frames_TCHW: uint8, contiguous, [num_frames, 3, height, width].
+    pts_seconds: float64 [T], the timestamp of each frame, from the first frame of the stream; not decreasing.
+    start_seconds, end_seconds: the span the frames stand for.
+    lost: what could not be decoded by the time that this clip was whole, in one line; None: nothing.
+    """
+
+    frames_TCHW: torch.Tensor
+    pts_seconds: np.ndarray
+    start_seconds: float
+    end_seconds: float
+    lost: str | None = None
+
+
+# ---------------------------------------------------------------------------------- pictures to pixels
+
+
+class _Scaler:
+    """Frames to uint8 pictures of the transform's size: one swscale pass, then the cut."""
+
+    def __init__(self, transform: FrameTransform, rng: np.random.Generator | None = None) -> None:
+        self._transform = transform
+        self._rng = rng if transform.crop_scale is not None else None
+        self._box: CropBox | None = None  # drawn at the first picture, then the same for the whole clip
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame, pixel_aspect: Fraction | None = None) -> np.ndarray:
+        """uint8 [height, width, 3]. Colour matrix and range are those the frame is tagged with."""
+        transform = self._transform
+        quarter_turns = _quarter_turns(frame)
+        height, width = display_size(frame.height, frame.width, quarter_turns, pixel_aspect)
+        if self._rng is not None and self._box is None:
+            assert transform.crop_scale is not None
+            self._box = random_box(self._rng, transform.crop_scale, height, width)
+        geometry = fit(height, width, transform, self._box)
+        size = (geometry.height, geometry.width)
+        coded_height, coded_width = size if quarter_turns % 2 == 0 else size[::-1]
+        rgb = self._reformatter.reformat(
+            frame,
+            coded_width,
+            coded_height,
+            "rgb24",
+            interpolation=_KERNELS[transform.interpolation],
+            threads=1,
+        )
+        return cut_out(np.rot90(rgb.to_ndarray(), quarter_turns), geometry, transform)
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """0 to 3, counter-clockwise, as np.rot90 turns."""
+    return round(frame.rotation / 90) % 4
+
+
+def resize_frames(frames_TCHW: torch.Tensor, transform: FrameTransform) -> torch.Tensor:
+    """Frames in memory brought to the model's size by the same resampling as decoded ones.
+
+    frames_TCHW: uint8 [T, 3, H, W], RGB. Returns uint8 [T, 3, height, width] on the CPU; frames that already
+    have the size are returned as they are. No random crop: there is no generator to draw it from.
+    """
+    if frames_TCHW.dtype != torch.uint8 or frames_TCHW.dim() != 4 or frames_TCHW.shape[1] != 3:
+        raise ValueError(
+            f"frames: expected uint8 [T, 3, H, W], got {frames_TCHW.dtype} {list(frames_TCHW.shape)}"
+        )
+    if frames_TCHW.shape[2:] == (transform.height, transform.width):
+        return frames_TCHW
+    scaler = _Scaler(transform)
+    frames_THWC = frames_TCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return _to_tensor([scaler(av.VideoFrame.from_ndarray(frame_HWC, "rgb24")) for frame_HWC in frames_THWC])
+
+
+def _to_tensor(pictures_HWC: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(pictures_HWC).transpose(0, 3, 1, 2).copy())
+
+
+# --------------------------------------------------------------------------------------- reading files
+
+
+class _Reader:
+    """One decoding pass: iterate for (seconds, frame), from a key frame at or before `from_seconds`.
+
+    Raises VideoDecodeError when the source cannot be opened or gives no frame. A decode error later on does
+    not raise: what follows is still decoded, and `summary()` reports it.
+    """
+
+    def __init__(self, source: Source, from_seconds: float = 0.0) -> None:
+        self._source = source
+        self.name = "<bytes>" if isinstance(source, bytes) else str(source)
+        self._open()
+        try:
+            self._frames = self._start()
+            if from_seconds > 0 and (landed := self._land(from_seconds)) is not None:
+                self._frames = landed
+            elif from_seconds > 0:
+                self.close()
+                self._open()
+                self._frames = self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "_Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._container.close()
+        self._file.close()
+
+    def __iter__(self) -> Iterator[tuple[float, av.VideoFrame]]:
+        for frame in self._frames:
+            yield self._seconds(frame), frame
+
+    def _seconds(self, frame: av.VideoFrame) -> float:
+        # AVI stores no presentation times: FFmpeg's guesses swap packed B-frames, the decode order is right.
+        by_dts = self._container.format.name == "avi"
+        return self.clock.read(frame.dts if by_dts else frame.pts, frame.duration)
+
+    @property
+    def pixel_aspect(self) -> Fraction | None:
+        return self._stream.sample_aspect_ratio
+
+    @property
+    def rate(self) -> Fraction | None:
+        return self._stream.guessed_rate or self._stream.average_rate
+
+    def _open(self) -> None:
+        self._first_error, self._num_errors = "", 0
+        self._others_end_seconds = -math.inf  # how far packets of audio and other streams reach
+        try:
+            if isinstance(self._source, bytes):
+                self._file: io.BytesIO | _Unnamed = io.BytesIO(self._source)
+            else:
+                self._file = _Unnamed(open(self._source, "rb"))  # noqa: SIM115  (closed by close())
+        except OSError as error:
+            raise VideoDecodeError(
+                f"{self.name}: cannot be opened ({error.strerror}); check the path"
+            ) from error
+        try:
+            self._container = av.open(
+                self._file, "r", metadata_errors="ignore", buffer_size=1 << 16, io_open=_refuse_other_files
+            )
+        except av.FFmpegError as error:
+            self._file.close()
+            raise VideoDecodeError(f"{self.name}: not a readable video file ({_reason(error)})") from error
+        try:
+            self._stream = self._choose_stream()
+        except VideoDecodeError:
+            self.close()
+            raise
+
+    def _choose_stream(self) -> Any:
+        """FFmpeg's best video stream, an `av.VideoStream`."""
+        stream: Any = self._container.streams.best("video")
+        if stream is None or stream.disposition & Disposition.attached_pic:
+            kinds = ", ".join(sorted({other.type for other in self._container.streams})) or "nothing"
+            raise VideoDecodeError(f"{self.name}: no video stream (found {kinds}); pass files with a picture")
+        if stream.codec_context is None:
+            raise VideoDecodeError(
+                f"{self.name}: this FFmpeg has no decoder for its video stream; re-encode it"
+            )
+        stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
+        return stream
+
+    def _start(self) -> Iterator[av.VideoFrame]:
+        """Frames from the beginning; sets the clock's origin and what is promised."""
+        stream = self._stream
+        frame_seconds = float(1 / self.rate) if self.rate else DEFAULT_FRAME_SECONDS
+        self.clock = Clock(stream.time_base, frame_seconds)
+        frames = self._decode()
+        first = next(frames, None)
+        if first is None:
+            why = self._first_error or "the stream is empty"
+            raise VideoDecodeError(f"{self.name}: no decodable video frame ({why})")
+        self._seconds(first)
+        self.clock.rewind()
+        self.promised_seconds, self._promise_is_own = self._promise()
+        return chain([first], frames)
+
+    def _promise(self) -> tuple[float | None, bool]:
+        """Seconds from the first frame that headers claim; whether the claim is about this stream alone."""
+        stream, container = self._stream, self._container
+        if stream.start_time is None:  # a raw stream: FFmpeg only guesses a duration, from the bit rate
+            return None, False
+        if stream.duration:
+            return float(stream.duration * stream.time_base), True
+        # Matroska counts from its own zero, not from the first frame.
+        assert self.clock.origin is not None
+        lead_seconds = (
+            float(self.clock.origin * stream.time_base) if "matroska" in container.format.name else 0.0
+        )
+        if (tagged := tagged_seconds(stream.metadata.get("DURATION"))) is not None:
+            return tagged - lead_seconds, True
+        if container.duration:
+            alone = all(
+                other is stream or other.type not in ("audio", "video") for other in container.streams
+            )
+            return container.duration / av.time_base - lead_seconds, alone
+        return None, False
+
+    def _land(self, from_seconds: float) -> Iterator[av.VideoFrame] | None:
+        """Frames from a key frame at or before `from_seconds`, or None where seeking cannot be trusted."""
+        origin, time_base = self.clock.origin, self._stream.time_base
+        assert origin is not None
+        target = origin + math.floor(from_seconds / time_base)
+        index = (entry.timestamp for entry in self._stream.index_entries)
+        if self._container.format.name not in INDEXED_FORMATS or not self.clock.is_sound(index, target):
+            return None
+        try:
+            self._container.seek(target, stream=self._stream)
+        except av.FFmpegError:
+            return None
+        frames = self._decode()
+        for frame in frames:
+            if frame.pts is None or not origin <= frame.pts <= target:
+                return None
+            # Frames before the key frame (open groups of pictures) refer to pictures that were skipped.
+            if frame.key_frame:
+                return chain([frame], frames)
+        return None
+
+    def _decode(self) -> Iterator[av.VideoFrame]:
+        bad_packets = 0
+        for packet in self._packets():
+            try:
+                frames = packet.decode()
+            except av.FFmpegError as error:
+                self._note(error)
+                bad_packets += 1
+                if bad_packets == BAD_PACKETS_IN_A_ROW:
+                    return
+                continue
+            if frames:
+                bad_packets = 0
+            yield from frames
+
+    def _packets(self) -> Iterator[Any]:
+        """Packets of the stream, the flushing one included. A container error ends the video there."""
+        try:
+            for packet in self._container.demux():
+                if packet.stream.index == self._stream.index:
+                    yield packet
+                elif packet.pts is not None:
+                    end = (packet.pts + (packet.duration or 0)) * packet.time_base
+                    self._others_end_seconds = max(self._others_end_seconds, float(end))
+        except av.FFmpegError as error:
+            self._note(error)
+            flush = av.Packet()
+            flush.stream = self._stream
+            yield flush
+
+    def _note(self, error: av.FFmpegError) -> None:
+        self._num_errors += 1
+        self._first_error = (
+            self._first_error or f"{type(error).__name__} after {self.clock.end_seconds:.2f} s"
+        )
+
+    @property
+    def lost(self) -> str | None:
+        """How many packets could not be decoded so far, and why; None if all could."""
+        if not self._num_errors:
+            return None
+        packets = "1 packet" if self._num_errors == 1 else f"{self._num_errors} packets"
+        return f"{packets} lost ({self._first_error})"
+
+    def summary(self) -> VideoSummary:
+        """To be asked when the iteration has ended."""
+        assert self.clock.origin is not None
+        reached = decoded = self.clock.end_seconds
+        if not self._promise_is_own:
+            # The container's claim may be about its sound: then it is broken only if nothing reaches that far.
+            origin_seconds = float(self.clock.origin * self._stream.time_base)
+            reached = max(decoded, self._others_end_seconds - origin_seconds)
+        missing = missing_seconds(decoded, self.promised_seconds, reached)
+        problem = "; ".join(filter(None, (self.lost, missing))) or None
+        return VideoSummary(decoded, self.promised_seconds, problem)
+
+
+class _Unnamed:
+    """A binary file without its name: the content alone decides what it is, as it does for bytes."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self.read, self.seek, self.tell, self.close = file.read, file.seek, file.tell, file.close
+
+
+def _refuse_other_files(url: str, flags: int, options: dict) -> Any:
+    raise PermissionError(f"a video may not open another file: {url}")
+
+
+def _reason(error: av.FFmpegError) -> str:
+    return error.strerror or type(error).__name__
+
+
+# -------------------------------------------------------------------------------------------- sampling
+
+
+def decode_clip(
+    source: Source,
+    *,
+    num_frames: int,
+    transform: FrameTransform,
+    start_seconds: float = 0.0,
+    end_seconds: float | None = None,
+    rng: np.random.Generator | None = None,
+) -> Clip:
+    """Sample a whole video or the span [start_seconds, end_seconds) of it.
+
+    A span that reaches past the last frame ends there. Without `rng`: segment middles and the transform's
+    own fitting; with it: a uniform draw in each segment and, if there is a `crop_scale`, one random crop.
+    A still picture (JPEG, PNG, whatever its file is called) is a video of one frame.
+    Raises VideoDecodeError when nothing decodes or the span starts after the end.
+    """
+    if num_frames < 1 or start_seconds < 0 or (end_seconds is not None and end_seconds <= start_seconds):
+        raise ValueError(f"num_frames {num_frames}, span [{start_seconds}, {end_seconds}): nothing to sample")
+    draws = np.full(num_frames, 0.5) if rng is None else rng.random(num_frames)
+    scaler = _Scaler(transform, rng)
+
+    taken, true_end = _sample(source, scaler, draws, start_seconds, end_seconds)
+    if taken is None:  # the header's claim was wrong enough to change the choice of frames
+        taken, true_end = _sample(source, scaler, draws, start_seconds, true_end, trust_end=True)
+    assert taken is not None, f"{source!r:.200}: two passes gave different frames"
+    pictures_HWC, pts_seconds = taken
+    return Clip(_to_tensor(pictures_HWC), pts_seconds, start_seconds, true_end)
+
+
+def _sample(
+    source: Source,
+    scaler: _Scaler,
+    draws: np.ndarray,
+    start_seconds: float,
+    end_seconds: float | None,
+    trust_end: bool = False,
+) -> tuple[tuple[list[np.ndarray], np.ndarray] | None, float]:
+    """One pass over a span: (pictures_HWC, pts_seconds), and its true end.
+
+    Pictures are kept for the end that the headers let expect (`trust_end`: for `end_seconds`); None in place
+    of them when the true end asks for others.
+    """
+    with _Reader(source, start_seconds) as reader:
+        claims = [end_seconds] if trust_end else [end_seconds, reader.promised_seconds]
+        expected_end = min((t for t in claims if t is not None), default=0.0)
+        expected = segment_times(start_seconds, max(expected_end, start_seconds), draws)
+        strip = Strip(partial(_scaled, scaler, reader), partial(any_on_screen, expected))
+        for seconds, frame in reader:
+            strip.push(seconds, frame)
+            if end_seconds is not None and seconds > end_seconds + SAME_INSTANT_SECONDS:
+                true_end = end_seconds
+                break
+        else:
+            strip.finish()
+            last_end = reader.clock.end_seconds
+            true_end = last_end if end_seconds is None else min(end_seconds, last_end)
+        if true_end <= start_seconds:
+            raise _starts_too_late(reader, start_seconds)
+    return strip.take(segment_times(start_seconds, true_end, draws)), true_end
+
+
+def _starts_too_late(reader: _Reader, start_seconds: float) -> VideoDecodeError:
+    ends = f"the video ends at {reader.clock.end_seconds:.2f} s"
+    return VideoDecodeError(
+        f"{reader.name}: the span starts at {start_seconds:g} s but {ends}; check the span"
+    )
+
+
+def _scaled(scaler: _Scaler, reader: _Reader, frame: av.VideoFrame) -> np.ndarray:
+    try:
+        return scaler(frame, reader.pixel_aspect)
+    except av.FFmpegError as error:
+        what = f"{frame.width}x{frame.height} {frame.format.name}"
+        raise VideoDecodeError(
+            f"{reader.name}: cannot convert {what} frames to RGB ({_reason(error)})"
+        ) from error
+
+
+def iter_windows(
+    source: Source,
+    *,
+    num_frames: int,
+    transform: FrameTransform,
+    window_seconds: float,
+    first_window: int = 0,
+) -> Generator[Clip, None, VideoSummary]:
+    """Cut a video into windows and sample each, in one decoding pass with bounded memory.
+
+    Yields the clips of window `first_window` and all after it (none if there are fewer); the return value
+    (`StopIteration.value`) is the VideoSummary. A pass that starts late gives the clips of an uninterrupted
+    one; its summary knows nothing of decode errors before it (each clip's `lost` says what was lost by then).
+    How long the last window is shows only at the
+    end of the file: frames are kept for the claimed end; a wrong claim costs a second decode of that window.
+    Raises VideoDecodeError when nothing decodes.
+    """
+    if num_frames < 1 or window_seconds <= 0 or first_window < 0:
+        raise ValueError(
+            f"num_frames {num_frames}, window_seconds {window_seconds}, first_window {first_window}"
+        )
+    middles = np.full(num_frames, 0.5)
+    scaler = _Scaler(transform)
+    index = first_window
+    with _Reader(source, first_window * window_seconds) as reader:
+        wanted = window_plan(reader.promised_seconds, window_seconds, middles)
+        strip = Strip(partial(_scaled, scaler, reader), wanted)
+
+        def clip(start_seconds: float, end_seconds: float) -> Clip:
+            taken = strip.take(segment_times(start_seconds, end_seconds, middles))
+            strip.forget_before(end_seconds)
+            if taken is None:
+                taken, _ = _sample(source, scaler, middles, start_seconds, end_seconds, trust_end=True)
+            assert taken is not None, f"{reader.name}: two passes gave different frames"
+            pictures_HWC, pts_seconds = taken
+            return Clip(_to_tensor(pictures_HWC), pts_seconds, start_seconds, end_seconds, reader.lost)
+
+        for seconds, frame in reader:
+            strip.push(seconds, frame)
+            # Half a window later it is sure that no remainder joins this one.
+            while seconds >= (index + 1.5) * window_seconds:
+                yield clip(index * window_seconds, (index + 1) * window_seconds)
+                index += 1
+        strip.finish()
+        duration_seconds = reader.clock.end_seconds
+        for last in range(index, count_windows(duration_seconds, window_seconds)):
+            yield clip(*window_span(last, duration_seconds, window_seconds))
+        return reader.summary()
+
+
+# -------------------------------------------------------------------------------------- writing videos
+
+
+def encode_mp4(frames_THWC: np.ndarray, *, fps: float | Fraction, crf: int = 18) -> bytes:
+    """H.264 (yuv420p, BT.709) in MP4 with the index in front; the same frames always give the same bytes.
+
+    frames_THWC: uint8 [T, H, W, 3], RGB; odd sizes are padded to even ones by repeating the edge.
+    """
+    if frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4 or not len(frames_THWC):
+        raise ValueError(
+            f"frames: expected uint8 [T, H, W, 3], got {frames_THWC.dtype} {list(frames_THWC.shape)}"
+        )
+    rate = Fraction(fps).limit_denominator(1001)
+    return _encode(((i, 1, frame_HWC) for i, frame_HWC in enumerate(frames_THWC)), 1 / rate, rate, crf)
+
+
+def cut_span(
+    source: Source, *, start_seconds: float, end_seconds: float, short_side: int | None = None
+) -> bytes:
+    """Re-encode what is on screen in [start_seconds, end_seconds) as H.264 MP4 without sound.
+
+    Timestamps keep their spacing (variable frame rate included) and count from 0; pixels come out square and
+    upright, the short side no larger than `short_side`. Raises VideoDecodeError as `decode_clip` does.
+    """
+    if not 0 <= start_seconds < end_seconds:
+        raise ValueError(f"span [{start_seconds}, {end_seconds}): expected 0 <= start < end")
+    with _Reader(source, start_seconds) as reader:
+        rate = reader.rate or Fraction(1 / DEFAULT_FRAME_SECONDS).limit_denominator(1001)
+        pictures = _span_pictures(reader, start_seconds, end_seconds, short_side)
+        return _encode(pictures, Fraction(1, CUT_TICKS_PER_SECOND), rate, crf=18)
+
+
+def _span_pictures(
+    reader: _Reader, start_seconds: float, end_seconds: float, short_side: int | None
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(tick, duration in ticks, uint8 picture_HWC) of every frame on screen in the span, all of one size."""
+
+    def ticks(seconds: float) -> int:
+        return round((seconds - start_seconds) * CUT_TICKS_PER_SECOND)
+
+    scaler: _Scaler | None = None
+    for shown, replaced, frame in shown_until(reader, reader.clock):
+        if shown >= end_seconds:
+            break
+        first, after = ticks(max(shown, start_seconds)), ticks(min(replaced, end_seconds))
+        if after <= first:
+            continue
+        if scaler is None:
+            height, width = display_size(
+                frame.height, frame.width, _quarter_turns(frame), reader.pixel_aspect
+            )
+            size = shrunk(height, width, short_side) if short_side else (height, width)
+            scaler = _Scaler(FrameTransform(*size, resize_mode="squash"))
+        yield first, after - first, _scaled(scaler, reader, frame)
+    if scaler is None:
+        raise _starts_too_late(reader, start_seconds)
+
+
+def _encode(
+    pictures: Iterable[tuple[int, int, np.ndarray]], time_base: Fraction, rate: Fraction, crf: int
+) -> bytes:
+    """(tick, duration in ticks, picture_HWC) to MP4 bytes. No B-frames, so that every duration survives."""
+    buffer = io.BytesIO()
+    container_options = {"movflags": "faststart", "fflags": "+bitexact"}
+    # Moving the index to the front makes the muxer read what it has written.
+    with av.open(
+        buffer, "w", "mp4", options=container_options, io_open=lambda *_: io.BytesIO(buffer.getvalue())
+    ) as out:
+        # With x264's macroblock tree the same pictures give other bytes from run to run (seen with its SIMD code).
+        steady = {"mbtree": "0", "threads": "1"}
+        options = {"crf": str(crf), "preset": "veryfast", "bf": "0", **steady}
+        stream = out.add_stream("libx264", rate=rate, options=options)
+        context = stream.codec_context
+        context.time_base = time_base
+        context.flags |= Flags.bitexact | Flags.frame_duration
+        context.pix_fmt, context.colorspace, context.color_range = "yuv420p", 1, 1  # BT.709, limited
+        context.color_primaries = context.color_trc = 1  # BT.709
+        reformatter = VideoReformatter()
+        for tick, duration, picture_HWC in pictures:
+            picture_HWC = np.pad(picture_HWC, [(0, n % 2) for n in picture_HWC.shape[:2]] + [(0, 0)], "edge")
+            if not context.is_open:
+                context.height, context.width = picture_HWC.shape[:2]
+            frame = reformatter.reformat(
+                av.VideoFrame.from_ndarray(np.ascontiguousarray(picture_HWC), "rgb24"),
+                format="yuv420p",
+                interpolation=_KERNELS["bicubic"],
+                dst_colorspace=1,
+                dst_color_range=1,
+                threads=1,
+            )
+            frame.pts, frame.duration, frame.time_base = tick, duration, time_base
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return buffer.getvalue()
