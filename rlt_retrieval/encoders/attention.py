@@ -1,0 +1,174 @@
+"""Variable-length attention: one signature, several backends.
+
+Shapes: T packed tokens (Tq queries, Tk keys), N heads, H head size, B sequences.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Backend = Literal["auto", "sdpa", "torch", "flash_attn"]
+_HEAD_SIZE_MULTIPLE = 8  # flash kernels take head sizes that are multiples of 8
+
+logger = logging.getLogger(__name__)
+
+
+def attend_varlen(
+    q_TNH: Tensor,
+    k_TNH: Tensor,
+    v_TNH: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Softmax attention inside each packed sequence.
+
+    Args:
+        q_TNH: [Tq, N, H]; k_TNH, v_TNH: [Tk, N, H]; one dtype and device.
+        cu_q, cu_k: int32 [B + 1], offsets of the sequences on the two token axes.
+        max_q, max_k: longest sequence on either axis.
+        scale: factor of the logits; None means 1 / sqrt(H).
+        backend: "sdpa" (any device and dtype, the reference), "torch" (torch.nn.attention.varlen, CUDA half
+            precision), "flash_attn" (flash_attn_varlen_func, likewise), or "auto": the fastest that can run.
+    Returns:
+        [Tq, N, H], the queries' dtype.
+    Raises:
+        ValueError: an unknown backend, or one that cannot run on these tensors.
+    """
+    chosen = _choose(backend, q_TNH)
+    return _BACKENDS[chosen](q_TNH, k_TNH, v_TNH, cu_q, cu_k, max_q, max_k, scale)
+
+
+def with_key_bias(
+    q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, bias_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Tensors and scale with which any backend adds `bias_T[key]` to the logits of each key.
+
+    The bias rides on one extra pair of head dimensions, its high and its low part, because kernels take no
+    per-key bias and one bfloat16 channel alone is off by up to 0.4 % of the bias. Padded with zeros to a
+    multiple of 8 for the flash kernels; cut the output back to the first H dimensions.
+
+    Args:
+        bias_T: float32 [Tk], in units of the logit (added after scaling).
+    Returns:
+        q, k, v with a head size of H + 2 rounded up to 8, and the scale to pass on (1 / sqrt(H)).
+    """
+    head_size = q_TNH.shape[-1]
+    padding = -(head_size + 2) % _HEAD_SIZE_MULTIPLE
+    scaled_T = bias_T.float() * math.sqrt(head_size)
+    high_T = scaled_T.to(k_TNH.dtype)
+    low_T = (scaled_T - high_T.float()).to(k_TNH.dtype)
+    pair_TN2 = torch.stack([high_T, low_T], -1)[:, None].expand(-1, k_TNH.shape[1], -1)
+    k_bias = F.pad(torch.cat([k_TNH, pair_TN2], -1), (0, padding))
+    q_ones = F.pad(F.pad(q_TNH, (0, 2), value=1.0), (0, padding))
+    return q_ones, k_bias, F.pad(v_TNH, (0, 2 + padding)), 1.0 / math.sqrt(head_size)
+
+
+def _sdpa(
+    q_TNH: Tensor,
+    k_TNH: Tensor,
+    v_TNH: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float | None,
+) -> Tensor:
+    """One sequence at a time through torch's scaled_dot_product_attention."""
+    q_parts = q_TNH.transpose(0, 1).split(cu_q.diff().tolist(), dim=1)
+    k_parts = k_TNH.transpose(0, 1).split(cu_k.diff().tolist(), dim=1)
+    v_parts = v_TNH.transpose(0, 1).split(cu_k.diff().tolist(), dim=1)
+    outputs = [
+        F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)[0]
+        for q, k, v in zip(q_parts, k_parts, v_parts, strict=True)
+    ]
+    return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+def _torch_varlen(
+    q_TNH: Tensor,
+    k_TNH: Tensor,
+    v_TNH: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float | None,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(q_TNH, k_TNH, v_TNH, cu_q, cu_k, max_q, max_k, scale=scale)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _flash_attn(
+    q_TNH: Tensor,
+    k_TNH: Tensor,
+    v_TNH: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float | None,
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(q_TNH, k_TNH, v_TNH, cu_q, cu_k, max_q, max_k, softmax_scale=scale)
+
+
+_BACKENDS = {"sdpa": _sdpa, "torch": _torch_varlen, "flash_attn": _flash_attn}
+
+
+def _choose(backend: Backend, q_TNH: Tensor) -> str:
+    if backend != "auto":
+        if backend not in _BACKENDS:
+            raise ValueError(f"attention backend {backend!r} is unknown; choose auto, {', '.join(_BACKENDS)}")
+        if backend != "sdpa" and not _can_run_kernel(backend, q_TNH):
+            raise ValueError(
+                f"attention backend {backend!r} needs its package and bfloat16/float16 CUDA tensors with a head "
+                f"size that is a multiple of 8; got {q_TNH.dtype} on {q_TNH.device}, head size "
+                f"{q_TNH.shape[-1]}: use 'auto' or 'sdpa'"
+            )
+        return backend
+    chosen = next((name for name in ("flash_attn", "torch") if _can_run_kernel(name, q_TNH)), "sdpa")
+    _announce(chosen, q_TNH.device.type)
+    return chosen
+
+
+def _can_run_kernel(backend: str, q_TNH: Tensor) -> bool:
+    return (
+        q_TNH.is_cuda
+        and q_TNH.dtype in (torch.bfloat16, torch.float16)
+        and q_TNH.shape[-1] % _HEAD_SIZE_MULTIPLE == 0
+        and _has_package(backend)
+    )
+
+
+@functools.cache
+def _has_package(backend: str) -> bool:
+    try:
+        importlib.import_module({"torch": "torch.nn.attention.varlen", "flash_attn": "flash_attn"}[backend])
+    except ModuleNotFoundError:
+        return False
+    except ImportError as error:  # built for another torch: "auto" must go on without it
+        logger.warning("attention backend %s is installed but does not import: %s", backend, error)
+        return False
+    return True
+
+
+@functools.cache
+def _announce(chosen: str, device_type: str) -> None:
+    logger.info("attention backend on %s: %s", device_type, chosen)

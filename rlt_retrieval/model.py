@@ -1,0 +1,328 @@
+"""VideoTextModel: an open_clip model that reads run-length tokens of videos instead of images.
+
+Shapes: B clips, Q texts, D embedding, T frames, C = 3 channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlt_retrieval.config import VideoSettings, explain
+from rlt_retrieval.data.video import FrameTransform, resize_frames
+from rlt_retrieval.encoders.attention import Backend
+from rlt_retrieval.encoders.packing import PackedTokens, pack
+from rlt_retrieval.encoders.text import build_text_tokenizer, encode_text
+from rlt_retrieval.encoders.tokenizer import RunLengthTokenizer
+from rlt_retrieval.encoders.towers.loading import build_clip, create_clip
+from rlt_retrieval.encoders.video import VideoEncoder, make_tokenizer
+from rlt_retrieval.errors import ModelError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+_FORMAT = 1
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All that is needed to build a model but its weights; saved as config.json."""
+
+    backbone: str
+    model_cfg: dict[str, Any]
+    preprocess_cfg: dict[str, Any]
+    video: VideoSettings
+    added_logit_bias: bool = False  # by `add_logit_bias`; the backbone has none
+
+    def to_json(self) -> str:
+        values = {**vars(self), "video": self.video.model_dump()}
+        return json.dumps({"format": _FORMAT, **values}, indent=2, default=list)
+
+    @staticmethod
+    def from_json(text: str) -> ModelConfig:
+        values = json.loads(text)
+        if values.pop("format") != _FORMAT:
+            raise ValueError(f"format is not {_FORMAT}")
+        return ModelConfig(**{**values, "video": VideoSettings(**values["video"])})
+
+
+class VideoTextModel(nn.Module):
+    """Two towers in one embedding space: `encode_video` and `encode_text` give unit-norm float32 vectors.
+
+    Build one with `create`, read a saved one with `load`; both return it in eval mode.
+    """
+
+    def __init__(self, clip: nn.Module, config: ModelConfig, *, backend: Backend = "auto") -> None:
+        super().__init__()
+        self.clip = clip
+        self.video = VideoEncoder(clip.visual, config.video, backend=backend)  # type: ignore[arg-type]
+        self.config = config
+        self.origin: dict[str, Any] | None = (
+            None  # arguments of `create` or `load` that give this model again
+        )
+
+    @classmethod
+    def create(
+        cls,
+        backbone: str | Mapping[str, Any] = "ViT-B-16",
+        pretrained: str | Path | None = "openai",
+        *,
+        device: str = "auto",
+        quick_gelu: bool | None = None,
+        seed: int = 0,
+        backend: Backend = "auto",
+        **video_settings: Any,
+    ) -> VideoTextModel:
+        """A model from stock weights (or random ones, said once).
+
+        Args:
+            backbone: open_clip model name with a `VisionTransformer` image tower, or a configuration table.
+            pretrained: open_clip tag (downloaded once), local weight file, or None for random weights.
+            device: "auto" (CUDA where there is one), or a torch device.
+            quick_gelu: activation of a local weight file; None: the backbone's name decides. A tag's own wins.
+            seed: of random weights.
+            video_settings: fields of `VideoSettings`: layout, length_bias, cls_bias, reducer, threshold,
+                reference, tubelet_size, num_frames, stochastic_depth, patch_dropout.
+        Raises:
+            ModelError: unknown backbone, unsupported tower, weights that cannot be had, impossible settings.
+        """
+        try:
+            settings = VideoSettings(**video_settings)
+        except ValidationError as error:
+            raise ModelError(f"video settings: {explain(error, VideoSettings)}") from error
+        made = create_clip(backbone, pretrained, quick_gelu=quick_gelu, seed=seed)
+        name = backbone if isinstance(backbone, str) else "custom"
+        config = ModelConfig(name, made.model_cfg, made.preprocess_cfg, settings)
+        model = cls(made.module, config, backend=backend).to(resolve_device(device)).eval()
+        if pretrained is not None and Path(pretrained).is_file():
+            pretrained = os.path.abspath(pretrained)
+        model.origin = {
+            "backbone": backbone if isinstance(backbone, str) else dict(backbone),
+            "pretrained": pretrained,
+            "quick_gelu": quick_gelu,
+            "seed": seed,
+            **settings.model_dump(),
+        }
+        return model
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str = "auto", backend: Backend = "auto") -> VideoTextModel:
+        """The model that `save` wrote to the folder `path` (a run folder's `model` is found too).
+
+        Raises:
+            ModelError: no such folder, or one that does not hold a whole model.
+        """
+        folder = find_model_folder(path)
+        try:
+            config = ModelConfig.from_json((folder / CONFIG_FILE).read_text())
+            state = load_file(folder / WEIGHTS_FILE)
+            model = cls(build_clip(config.model_cfg, config.preprocess_cfg), config, backend=backend)
+            model.load_state_dict(state)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = textwrap.shorten(str(error), 200, placeholder=" …")
+            raise ModelError(
+                f"{folder} does not hold a whole model ({reason}); train or save it again"
+            ) from error
+        model.origin = {"path": os.path.abspath(folder)}
+        return model.to(resolve_device(device)).eval()
+
+    @classmethod
+    def from_origin(cls, origin: Mapping[str, Any], *, device: str = "auto") -> VideoTextModel:
+        """The model whose `origin` this is: loaded again, or created again."""
+        if "path" in origin:
+            return cls.load(origin["path"], device=device)
+        return cls.create(**origin, device=device)
+
+    def with_reducer(self, reducer: Literal["rlt", "none"]) -> VideoTextModel:
+        """The same weights (shared, not copied) on pruned ("rlt") or on all ("none") tokens."""
+        video = self.config.video.model_copy(update={"reducer": reducer})
+        twin = VideoTextModel(self.clip, replace(self.config, video=video), backend=self.video.backend)
+        twin.video.load_state_dict(self.video.state_dict(), assign=True)
+        return twin.to(self.device).train(self.training)
+
+    def save(self, path: str | Path) -> None:
+        """Write config.json and model.safetensors to the folder `path`, whole or not at all.
+
+        Raises:
+            ModelError: the folder cannot be written.
+        """
+        folder = Path(path)
+        part, replaced = (folder.parent / f".{folder.name}.{kind}" for kind in ("part", "replaced"))
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        try:
+            for leftover in (part, replaced):  # of a save that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            part.mkdir(parents=True)
+            (part / CONFIG_FILE).write_text(self.config.to_json())
+            save_file(state, part / WEIGHTS_FILE)
+            for file in part.iterdir():
+                _flush(file)
+            if folder.exists():
+                os.replace(folder, replaced)
+            os.replace(part, folder)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"cannot write the model to {folder}: {error}; choose another folder") from error
+        finally:
+            for leftover in (part, replaced):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def export(self, path: str | Path) -> None:
+        """Write the towers as an open_clip state dict (.safetensors), unchanged in name and shape.
+
+        `open_clip.create_model(name, pretrained=path)` reads it. What was added for video, or for the sigmoid loss
+        by `add_logit_bias`, is left out.
+
+        Raises:
+            ModelError: a path of another kind, or the file cannot be written.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise ModelError(f"cannot export to {path}: expected a file name that ends in .safetensors")
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.clip.state_dict().items()}
+        if self.config.added_logit_bias:
+            del state["logit_bias"]
+        try:
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+                save_file(state, Path(temporary) / path.name)
+                os.replace(Path(temporary) / path.name, path)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"cannot write {path}: {error}; choose another place") from error
+
+    def add_logit_bias(self) -> None:
+        """Give the model the bias that the sigmoid loss trains (SigLIP, arXiv 2303.15343, section 3: -10)."""
+        if self.clip.logit_bias is None:
+            self.clip.logit_bias = nn.Parameter(torch.tensor(-10.0, device=self.device))
+            model_cfg = {**self.config.model_cfg, "init_logit_bias": -10.0}
+            self.config = replace(self.config, model_cfg=model_cfg, added_logit_bias=True)
+
+    @property
+    def device(self) -> torch.device:
+        return self.video.tower.patch_weight.device
+
+    @property
+    def dimension(self) -> int:
+        """D, the size of the embeddings."""
+        return self.config.model_cfg["embed_dim"]
+
+    @property
+    def tokenizer(self) -> RunLengthTokenizer:
+        """Video tokenizer: uint8 [T, 3, H, W] at the model's size → VideoTokens."""
+        return make_tokenizer(self.config.video, self.video.tower.patch_size)
+
+    @property
+    def transform(self) -> FrameTransform:
+        """How a frame becomes this model's input (size, resize mode, interpolation of the backbone)."""
+        preprocess = self.config.preprocess_cfg
+        height, width = preprocess["size"]
+        return FrameTransform(
+            height=height,
+            width=width,
+            resize_mode=preprocess["resize_mode"],
+            interpolation=preprocess["interpolation"],
+            fill_color=preprocess["fill_color"],
+        )
+
+    def encode_video(self, frames: Tensor | Sequence[Tensor]) -> Tensor:
+        """Embed clips.
+
+        Args:
+            frames: uint8 [B, T, 3, H, W], or a list of uint8 [T, 3, H, W]. Frames of another size than the
+                model's go through the backbone's own resizing.
+        Returns:
+            float32 [B, D], unit norm, on the model's device.
+        Raises:
+            ValueError: frames of another dtype or shape.
+        """
+        clips = [self.tokenizer(resize_frames(clip, self.transform)) for clip in frames]
+        return self.encode_tokens(pack(clips))
+
+    def encode_tokens(self, packed: PackedTokens) -> Tensor:
+        """Embed packed tokens: float32 [B, D], unit norm. Gradients flow unless the caller is in `torch.no_grad()`."""
+        with self._inference_precision():
+            return self.video(packed)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts: float32 [Q, D], unit norm. Gradients flow as in `encode_tokens`."""
+        with self._inference_precision():
+            z_QD = encode_text(self.clip, self._tokenize_text, texts, self.device)
+        return z_QD if z_QD.dtype == torch.float64 else z_QD.float()
+
+    def sha256(self) -> str:
+        """Hash of settings and weights: equal for models that give the same embeddings."""
+        digest = hashlib.sha256(self.config.to_json().encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def _tokenize_text(self) -> Any:
+        return build_text_tokenizer(self.config.model_cfg["text_cfg"])
+
+    def _inference_precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Half precision on a GPU that has it; training brings its own."""
+        return contextlib.nullcontext() if self.training else autocast(self.device, "auto")
+
+
+def _flush(path: Path) -> None:
+    """Make a file survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device of a name; "auto" is CUDA where there is one.
+
+    Raises:
+        ModelError: a device that torch does not have here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); use 'auto' or 'cpu'"
+        ) from error
+    return resolved
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 autocast: "auto" on a CUDA device that has it, "bf16" always, "fp32" never."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if precision == "bf16" or (precision == "auto" and has_bf16):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def find_model_folder(path: str | Path) -> Path:
+    """The folder with config.json and model.safetensors: `path` itself or its `model`.
+
+    Raises:
+        ModelError: neither is one.
+    """
+    for folder in (Path(path), Path(path) / "model"):
+        if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+            return folder
+    raise ModelError(
+        f"{path} is not a saved model: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE} "
+        "(a training run writes one as RUN_DIR/model)"
+    )
