@@ -1,0 +1,5 @@
+"""Retrieval evaluation on plain arrays; importing it loads neither torch nor matplotlib."""
+
+from rlt_retrieval.eval.metrics import evaluate, mean_average_precision, ndcg, recall_at_k
+
+__all__ = ["evaluate", "mean_average_precision", "ndcg", "recall_at_k"]
