@@ -1,0 +1,171 @@
+"""The inference loop: batching must not show in the embeddings, and every sample comes out once and in order."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rlt_retrieval.data.failures import FailureLog
+from rlt_retrieval.embed import (
+    TEXT_BATCH,
+    LoaderOptions,
+    embed_clips,
+    embed_shards,
+    embed_texts,
+    evaluate_shards,
+    share_cores,
+)
+from rlt_retrieval.encoders.packing import VideoTokens
+from rlt_retrieval.errors import ShardError
+from rlt_retrieval.model import VideoTextModel
+
+HERE = LoaderOptions(num_workers=0)
+CAPTIONS = ["a red square", "a blue circle", "a red square", "", "a star"]
+
+TinyShards = Callable[..., list[Path]]
+
+
+def clips_of(model: VideoTextModel, numbers: list[int]) -> list[VideoTokens]:
+    """Clips of 4 frames, of which the last `number` repeat: 16 * (4 - number) tokens."""
+    generator = torch.Generator().manual_seed(0)
+    clips = []
+    for number in numbers:
+        frames_TCHW = torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        frames_TCHW[4 - number :] = frames_TCHW[3 - number]
+        clips.append(model.tokenizer(frames_TCHW))
+    return clips
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(numbers=st.lists(st.integers(0, 3), min_size=1, max_size=8), token_budget=st.integers(1, 300))
+def test_batches_keep_the_budget_the_order_and_the_embeddings(
+    tiny_model: VideoTextModel, numbers: list[int], token_budget: int
+) -> None:
+    clips = clips_of(tiny_model, numbers)
+    batches = list(embed_clips(tiny_model, enumerate(clips), token_budget))
+    for batch in batches:
+        assert len(batch) == 1 or sum(len(clips[label]) for label, _ in batch) <= token_budget
+    embedded = [pair for batch in batches for pair in batch]
+    assert [label for label, _ in embedded] == list(range(len(clips)))
+    for label, z_D in embedded:
+        ((_, alone_D),) = next(embed_clips(tiny_model, [(label, clips[label])], 1))
+        assert z_D.dtype == np.float32
+        np.testing.assert_allclose(z_D, alone_D, atol=1e-5)
+        assert np.linalg.norm(z_D) == pytest.approx(1, abs=1e-5)
+
+
+def test_clips_are_embedded_as_they_come(tiny_model: VideoTextModel) -> None:
+    """An index commits batch by batch: the loop must not wait for the end of the stream."""
+    read = []
+
+    def clips():
+        for label, tokens in enumerate(clips_of(tiny_model, [0, 0, 0, 0])):
+            read.append(label)
+            yield label, tokens
+
+    next(embed_clips(tiny_model, clips(), token_budget=64))
+    assert read == [0, 1]
+
+
+def test_equal_texts_are_encoded_once_and_all_come_back(
+    tiny_model: VideoTextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    encode_text = VideoTextModel.encode_text
+
+    def counted(self: VideoTextModel, texts: list[str]) -> torch.Tensor:
+        assert len(texts) <= TEXT_BATCH
+        encoded.extend(texts)
+        return encode_text(self, texts)
+
+    monkeypatch.setattr(VideoTextModel, "encode_text", counted)
+    distinct = [f"clip number {number}" for number in range(TEXT_BATCH + 5)]
+    z_QD = embed_texts(tiny_model, [*distinct, *reversed(distinct)])
+    assert encoded == distinct
+    np.testing.assert_array_equal(z_QD[: len(distinct)], z_QD[: len(distinct) - 1 : -1])
+    np.testing.assert_allclose(z_QD[3], encode_text(tiny_model, distinct[3:4]).detach()[0], atol=1e-5)
+    assert embed_texts(tiny_model, []).shape == (0, tiny_model.dimension)
+
+
+def test_shards_come_out_in_order_with_captions_and_token_counts(
+    tiny_model: VideoTextModel, tiny_shards: TinyShards, tmp_path: Path
+) -> None:
+    shards = tiny_shards(tmp_path, CAPTIONS, samples_per_shard=2)
+    failures = FailureLog(None, 0.5)
+    progress: list[int] = []
+    embedded = embed_shards(tiny_model, shards, HERE, failures=failures, on_progress=progress.append)
+    assert embedded.keys == ["clip-00", "clip-01", "clip-02", "clip-04"]
+    assert embedded.captions == [(text,) for text in CAPTIONS if text]
+    assert [(failure.key, failure.reason.split(";")[0]) for failure in failures.failures] == [
+        ("clip-03", "no caption")
+    ]
+    assert progress == [1, 2, 3, 4]
+    assert embedded.all_tokens.tolist() == [64] * 4
+    assert (embedded.kept_tokens <= 64).all()
+    assert 0.5 < embedded.keep_ratio <= 1  # noise changes everywhere
+    dense = embed_shards(tiny_model.with_reducer("none"), shards, HERE, failures=FailureLog(None, 0.5))
+    assert dense.keep_ratio == 1
+
+
+def test_ranks_embed_every_clip_exactly_once(
+    tiny_model: VideoTextModel, tiny_shards: TinyShards, tmp_path: Path
+) -> None:
+    shards = tiny_shards(tmp_path, ["one", "two", "three", "four", "five"], samples_per_shard=2)
+    whole = embed_shards(tiny_model, shards, HERE)
+    parts = [embed_shards(tiny_model, shards, HERE, rank=rank, world_size=3) for rank in range(3)]
+    assert sorted(key for part in parts for key in part.keys) == whole.keys
+    for part in parts:
+        for key, z_D in zip(part.keys, part.z_ND, strict=True):
+            np.testing.assert_allclose(z_D, whole.z_ND[whole.keys.index(key)], atol=1e-5)
+
+
+def test_a_worker_process_gives_what_this_process_gives(
+    tiny_model: VideoTextModel, tiny_shards: TinyShards, tmp_path: Path
+) -> None:
+    shards = tiny_shards(tmp_path, ["one", "two", "three"])
+    here = embed_shards(tiny_model, shards, HERE)
+    there = embed_shards(tiny_model, shards, LoaderOptions(num_workers=1))
+    assert (there.keys, there.captions) == (here.keys, here.captions)
+    np.testing.assert_array_equal(there.kept_tokens, here.kept_tokens)
+    np.testing.assert_allclose(there.z_ND, here.z_ND, atol=1e-5)
+
+
+def test_scores_count_merged_captions_and_skipped_samples(
+    tiny_model: VideoTextModel, tiny_shards: TinyShards, tmp_path: Path
+) -> None:
+    tiny_shards(tmp_path, CAPTIONS)
+    options = LoaderOptions(num_workers=0, max_bad_fraction=0.5)
+    values = evaluate_shards(tiny_model, [tmp_path], options).to_dict()
+    assert (values["num_videos"], values["num_texts"], values["num_merged_texts"]) == (4, 3, 1)
+    assert values["skipped"] == 1
+    assert values["text_to_video"]["num_queries"] == 3
+
+
+def test_too_many_bad_samples_or_none_good_are_refused(
+    tiny_model: VideoTextModel, tiny_shards: TinyShards, tmp_path: Path
+) -> None:
+    tiny_shards(tmp_path / "some", CAPTIONS)
+    with pytest.raises(ShardError, match=r"1 of 5 samples bad, more than max_bad_fraction = 0.1"):
+        evaluate_shards(tiny_model, [tmp_path / "some"], HERE)
+    tiny_shards(tmp_path / "none", ["", ""])
+    with pytest.raises(ShardError, match=r"none: no good sample to score .clip-00: no caption"):
+        evaluate_shards(tiny_model, [tmp_path / "none"], LoaderOptions(num_workers=0, max_bad_fraction=1))
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 3), ("2", None)])
+def test_workers_get_their_cores_unless_the_user_decides(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, expected: int | None
+) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr("rlt_retrieval.embed.num_cores", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    share_cores(1, torch.device("cpu"))
+    share_cores(1, torch.device("cuda"))
+    assert threads == ([expected] if expected else [])
