@@ -1,0 +1,444 @@
+"""The command line: parse → one domain call → print. stdout is data, everything else goes to stderr."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from rlt_retrieval import __version__
+from rlt_retrieval.console import (
+    log_to_stderr,
+    print_values,
+    progress_bar,
+    say,
+    say_problem,
+)
+from rlt_retrieval.errors import RetrievalError
+
+if TYPE_CHECKING:
+    from rlt_retrieval.embed import LoaderOptions
+    from rlt_retrieval.model import VideoTextModel
+
+EXIT_ERROR, EXIT_SKIPPED, EXIT_INTERRUPTED = 1, 3, 130  # click's own for wrong usage: 2
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+
+
+def loader_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of commands that decode videos."""
+    command = click.option(
+        "--decode-timeout-seconds",
+        type=click.FloatRange(0, 86400, min_open=True),
+        default=60.0,
+        show_default=True,
+        help="Longest wait for one clip; then its file counts as broken.",
+    )(command)
+    return click.option(
+        "--workers", type=click.IntRange(0), help="Decoding processes. [default: a quarter of the cores]"
+    )(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="rlt-retrieval")
+def cli() -> None:
+    """Text-to-video search whose cost follows what changes in a video.
+
+    \b
+    rlt-retrieval index build my.index my_videos/
+    rlt-retrieval search my.index "opens the fridge"
+
+    Exit codes: 0 ok, 1 error, 2 usage, 3 finished but some inputs were skipped, 130 interrupted.
+    `--debug` with any command shows the traceback of an error.
+    """
+
+
+@cli.command()
+@click.option(
+    "--out", default="demo_out", show_default=True, help="Folder of everything that the demo makes."
+)
+@click.option("--fast", is_flag=True, help="A few steps on a few clips: shows that it works, not how well.")
+@device_option
+@json_option
+def demo(out: str, fast: bool, device: str, as_json: bool) -> None:
+    """Make synthetic videos, train on them, index and search them, and write a report.
+
+    \b
+    rlt-retrieval demo --out demo_out
+    """
+    from rlt_retrieval.demo import run_demo
+
+    with progress_bar("training") as advance:
+        result = run_demo(Path(out), fast=fast, device=device, on_step=_training_step(advance))
+    print(json.dumps(result.figures, indent=2) if as_json else result.table)
+
+
+@cli.group()
+def shards() -> None:
+    """Make WebDataset shards."""
+
+
+@shards.command("make")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out_dir", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["auto", "folder", "csv"]),
+    default="auto",
+    show_default=True,
+    help="What SOURCE is.",
+)
+@click.option(
+    "--clips-per-shard", type=click.IntRange(1), default=256, show_default=True, help="Clips in one .tar."
+)
+@click.option(
+    "--short-side", type=click.IntRange(16), default=288, show_default=True, help="Pixels; never enlarged."
+)
+@loader_options
+@dry_run_option
+@json_option
+def shards_make(
+    source: Path,
+    out_dir: Path,
+    format_: Any,
+    clips_per_shard: int,
+    short_side: int,
+    workers: int | None,
+    decode_timeout_seconds: float,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Cut captioned clips out of videos and write them as shards.
+
+    SOURCE is a folder of videos (captions in side files, video.txt beside video.mp4, one a line) or a CSV with
+    the columns video,caption[,start_seconds,end_seconds].
+
+    \b
+    rlt-retrieval shards make clips.csv shards/train
+    """
+    from rlt_retrieval.data.making import make_shards
+    from rlt_retrieval.data.sources import read_source
+
+    clips = read_source(source, format_)
+    values = {"clips": len(clips), "captioned": sum(bool(clip.captions) for clip in clips)}
+    if dry_run:
+        print_values({**values, "shards": -(-len(clips) // clips_per_shard)}, as_json)
+        return
+    with progress_bar("cutting clips") as on_progress:
+        report = make_shards(
+            clips,
+            out_dir,
+            samples_per_shard=clips_per_shard,
+            short_side=short_side,
+            num_workers=_num_workers(workers),
+            timeout_seconds=decode_timeout_seconds,
+            on_progress=on_progress,
+        )
+    for failure in report.failures:
+        say(f"skipped {failure.shard}: {failure.reason}")
+    values |= {"clips": report.num_clips, "shards": len(report.shards), "skipped": len(report.failures)}
+    print_values(values, as_json)
+    _exit(EXIT_SKIPPED if report.failures else 0)
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key, e.g. optim.steps=100."
+)
+@device_option
+@dry_run_option
+@json_option
+def train(recipe: str, overrides: tuple[str, ...], device: str, dry_run: bool, as_json: bool) -> None:
+    """Train by a recipe: a TOML file, or the name of one that ships (demo, finetune, …).
+
+    Killed and started again with the same command, it continues where it was.
+
+    \b
+    rlt-retrieval train finetune --set 'data.train=["shards/train"]'
+    torchrun --nproc-per-node 8 -m rlt_retrieval train finetune
+    """
+    from rlt_retrieval.config import load_recipe
+
+    settings = load_recipe(recipe, overrides)
+    if dry_run:
+        print(settings.model_dump_json(indent=2))
+        return
+    from rlt_retrieval.training.loop import train as run
+
+    with progress_bar("training") as advance:
+        result = run(settings, device=device, on_step=_training_step(advance))
+    if result.is_first:
+        print_values(
+            {"model": str(result.model_folder), **result.last, "skipped": result.num_skipped}, as_json
+        )
+    # Under torchrun a process that exits with anything but 0 has failed, and takes the others with it.
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    _exit(EXIT_SKIPPED if result.num_skipped and is_alone else 0)
+
+
+@cli.group()
+def index() -> None:
+    """Build and inspect an index of videos."""
+
+
+@index.command("build")
+@click.argument("index_path", metavar="INDEX", type=click.Path(path_type=Path))
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@click.option("--model", "model_path", help="A trained model: a run folder, or its model folder.")
+@click.option("--backbone", help="open_clip model name. [default: ViT-B-16]")
+@click.option("--pretrained", help="open_clip tag, weight file, or none (random). [default: openai]")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Video setting, e.g. num_frames=8."
+)
+@click.option(
+    "--window-seconds", type=click.FloatRange(0, min_open=True), help="Length of a clip. [default: 10]"
+)
+@click.option("--retry-failed", is_flag=True, help="Try files again that failed before.")
+@loader_options
+@device_option
+@dry_run_option
+@json_option
+def index_build(
+    index_path: Path,
+    sources: tuple[str, ...],
+    model_path: str | None,
+    backbone: str | None,
+    pretrained: str | None,
+    overrides: tuple[str, ...],
+    window_seconds: float | None,
+    retry_failed: bool,
+    workers: int | None,
+    decode_timeout_seconds: float,
+    device: str,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Index videos, folders of videos and .tar shards; what is there already is not done again.
+
+    \b
+    rlt-retrieval index build my.index my_videos/
+    rlt-retrieval index build my.index my_videos/ --model runs/finetune
+    """
+    from rlt_retrieval.video_index import Watcher, build_index, plan_build
+
+    make_model = _model_maker(model_path, backbone, pretrained, overrides, device)
+    if dry_run:
+        print_values(plan_build(index_path, sources, retry_failed=retry_failed), as_json)
+        return
+    with progress_bar("indexing") as on_progress:
+        report = build_index(
+            index_path,
+            sources,
+            make_model=make_model,
+            device=device,
+            window_seconds=window_seconds,
+            options=_loader(workers, decode_timeout_seconds),
+            retry_failed=retry_failed,
+            watcher=Watcher(say_problem, on_progress),
+        )
+    values = report.to_dict()
+    print_values(values if as_json else {**values, "problems": len(report.problems)}, as_json)
+    _exit(EXIT_SKIPPED if report.problems else 0)
+
+
+@index.command("info")
+@click.argument("index_path", metavar="INDEX", type=click.Path(path_type=Path))
+@json_option
+def index_info(index_path: Path, as_json: bool) -> None:
+    """Say what an index holds and how it was made.
+
+    \b
+    rlt-retrieval index info my.index
+    """
+    from rlt_retrieval.indexing.store import ClipStore
+
+    with ClipStore.open(index_path) as store:
+        problems = [
+            {"status": row.status, "video": row.video, "reason": row.reason}
+            for row in store.videos()
+            if row.status != "ok"
+        ]
+        print_values({**asdict(store.counts()), **store.manifest, "problems": problems}, as_json)
+
+
+@cli.command()
+@click.argument("index_path", metavar="INDEX", type=click.Path(path_type=Path))
+@click.argument("text")
+@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="How many hits.")
+@click.option("--per-video", is_flag=True, help="At most one hit, the best, of each video.")
+@click.option("--float16", is_flag=True, help="Half-precision vectors on the GPU.")
+@device_option
+@json_option
+def search(
+    index_path: Path, text: str, k: int, per_video: bool, float16: bool, device: str, as_json: bool
+) -> None:
+    """Find the clips that fit a text best, one line a hit.
+
+    \b
+    rlt-retrieval search my.index "opens the fridge" -k 5
+    """
+    from rlt_retrieval.video_index import VideoIndex
+
+    with VideoIndex.open(index_path, device=device, float16=float16) as opened:
+        hits = opened.search(text, k, per_video=per_video)
+    for hit in hits:
+        span = f"{hit.start_seconds:8.1f} – {hit.end_seconds:.1f} s"
+        print(
+            json.dumps(asdict(hit)) if as_json else f"{hit.rank:3}  {hit.score:.4f}  {span:20}  {hit.video}"
+        )
+    if not hits:
+        say(f"{index_path} holds no clip yet; add videos with: rlt-retrieval index build {index_path} SOURCE")
+
+
+@cli.command("eval")
+@click.argument("sources", metavar="SHARDS...", nargs=-1, required=True)
+@click.option(
+    "--model", "model_path", required=True, help="A trained model: a run folder, or its model folder."
+)
+@click.option("--reducer", type=click.Choice(["rlt", "none"]), help="Instead of the model's own.")
+@click.option(
+    "--max-bad-fraction",
+    type=click.FloatRange(0, 1),
+    default=0.1,
+    show_default=True,
+    help="Give up when a larger share of the samples is bad.",
+)
+@loader_options
+@device_option
+@json_option
+def evaluate(
+    sources: tuple[str, ...],
+    model_path: str,
+    reducer: Any,
+    max_bad_fraction: float,
+    workers: int | None,
+    decode_timeout_seconds: float,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Score a model on captioned shards: recall, ranks, mAP and nDCG, both ways, by exact search.
+
+    \b
+    rlt-retrieval eval shards/test --model runs/finetune
+    """
+    from dataclasses import replace
+
+    from rlt_retrieval.embed import evaluate_shards
+    from rlt_retrieval.eval.report import metrics_table
+    from rlt_retrieval.model import VideoTextModel
+
+    model = VideoTextModel.load(model_path, device=device)
+    options = replace(_loader(workers, decode_timeout_seconds), max_bad_fraction=max_bad_fraction)
+    with progress_bar("embedding clips") as on_progress:
+        scored = evaluate_shards(
+            model.with_reducer(reducer) if reducer else model, sources, options, on_progress=on_progress
+        )
+    for failure in scored.skipped:
+        say(f"skipped {failure.key} in {failure.shard}: {failure.reason}")
+    values = scored.to_dict()
+    print(json.dumps(values, indent=2) if as_json else metrics_table({Path(model_path).name: values}))
+    _exit(EXIT_SKIPPED if scored.skipped else 0)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line; errors that a user can cause are one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    log_to_stderr()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8 come out as they are
+    try:
+        code = cli.main(arguments, prog_name="rlt-retrieval", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        code = _report("interrupted; the same command continues", EXIT_INTERRUPTED, debug)
+    except RetrievalError as error:
+        code = _report(f"Error: {error}", EXIT_ERROR, debug)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone: nothing to say, nobody to say it to
+        code = EXIT_ERROR
+    except OSError as error:
+        code = _report(f"Error: {_explain(error)}", EXIT_ERROR, debug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: OSError) -> str:
+    place = f"{error.filename}: " if error.filename else ""
+    way_out = "free space there" if error.errno in DISK_FULL else "check the path and its permissions"
+    return f"{place}{error.strerror or error}; {way_out}, or choose another place"
+
+
+def _report(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    say(" ".join(message.split()))
+    return code
+
+
+def _model_maker(
+    model_path: str | None,
+    backbone: str | None,
+    pretrained: str | None,
+    overrides: Sequence[str],
+    device: str,
+) -> Callable[[], VideoTextModel] | None:
+    """How to make the model that was asked for; None where nothing was asked (the index's own, else stock)."""
+    if model_path and (backbone or pretrained or overrides):
+        raise click.UsageError("--model excludes --backbone, --pretrained and --set")
+    if backbone and not pretrained:
+        raise click.UsageError(
+            f"--backbone {backbone} needs --pretrained: a tag, a weight file, or none (random)"
+        )
+    if not (model_path or backbone or pretrained or overrides):
+        return None
+
+    def make() -> VideoTextModel:
+        from rlt_retrieval.config import parse_video_settings
+        from rlt_retrieval.model import VideoTextModel
+        from rlt_retrieval.video_index import STOCK
+
+        if model_path:
+            return VideoTextModel.load(model_path, device=device)
+        weights = None if pretrained == "none" else pretrained or STOCK[1]
+        settings = parse_video_settings(overrides)
+        return VideoTextModel.create(backbone or STOCK[0], weights, device=device, **settings)
+
+    return make
+
+
+def _loader(workers: int | None, decode_timeout_seconds: float) -> LoaderOptions:
+    from rlt_retrieval.embed import LoaderOptions
+
+    return LoaderOptions(_num_workers(workers), decode_timeout_seconds)
+
+
+def _num_workers(workers: int | None) -> int:
+    from rlt_retrieval.config import default_num_workers
+
+    return default_num_workers() if workers is None else workers
+
+
+def _training_step(advance: Callable[..., None]) -> Callable[[dict[str, Any], int], None]:
+    return lambda line, num_steps: advance(line["step"], num_steps, f"loss {line['loss']:.3f}")
+
+
+def _exit(code: int) -> None:
+    click.get_current_context().exit(code)
