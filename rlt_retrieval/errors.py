@@ -44,6 +44,10 @@ class IndexMismatchError(IndexStoreError):
     """An index was opened with a model or settings other than those it was built with."""
 
 
+class AnnotationError(RetrievalError):
+    """An annotation file is missing, or not what its format says."""
+
+
 class MetricsError(RetrievalError):
     """Scores or relevancies cannot be evaluated: NaN, wrong shape, no relevant pair."""
 
