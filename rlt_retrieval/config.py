@@ -83,13 +83,25 @@ class DataRecipe(Settings):
     max_bad_fraction: float = Field(0.1, ge=0, le=1)
 
 
-class OptimRecipe(Settings):
-    """Loss, batch and schedule. `batch_size` counts clips over all ranks; `token_budget` cuts micro-batches."""
+LossName = Literal["clip", "siglip", "mi_mm", "adaptive_mi_mm", "sms"]
+RANKING_LOSSES: tuple[LossName, ...] = ("mi_mm", "adaptive_mi_mm", "sms")
 
-    loss: Literal["clip", "siglip"] = "clip"
+
+class OptimRecipe(Settings):
+    """Loss, batch and schedule. `batch_size` counts clips over all ranks; `token_budget` cuts micro-batches.
+
+    loss, margin and tolerance: see training/losses.py; no margin means the published one. `max_grad_norm = inf` does
+    not clip.
+    """
+
+    loss: LossName = "clip"
+    margin: float | None = Field(None, gt=0, allow_inf_nan=False)
+    tolerance: float = Field(0.1, ge=0, allow_inf_nan=False)
+    freeze_logit_scale: bool = False
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=2)
     token_budget: int = Field(65536, ge=1)
+    start_learning_rate: float = Field(0.0, ge=0)  # the warm-up leaves from here
     learning_rate: float = Field(gt=0)
     final_learning_rate: float = Field(0.0, ge=0)
     added_lr_scale: float = Field(1.0, gt=0)  # of what is added beside the towers and starts at zero
@@ -99,6 +111,12 @@ class OptimRecipe(Settings):
     max_grad_norm: float = Field(1.0, gt=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _margin_is_used(self) -> OptimRecipe:
+        if self.margin is not None and self.loss not in RANKING_LOSSES:
+            raise ValueError(f"loss {self.loss!r} has no margin; only {', '.join(RANKING_LOSSES)} have")
+        return self
 
 
 class Recipe(Settings):

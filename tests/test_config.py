@@ -110,7 +110,7 @@ def test_parse_override(override: str, expected: tuple[str, Any]) -> None:
     [
         (["optim.stepz=3"], "unknown key 'optim.stepz'; did you mean 'steps'?"),
         (["vidoe.threshold=1"], "unknown key 'vidoe'; did you mean 'video'?"),
-        (["optim.zzz=3"], "unknown key 'optim.zzz'; known keys: loss, steps, batch_size"),
+        (["optim.zzz=3"], "unknown key 'optim.zzz'; known keys: loss, margin, tolerance"),
         (["optim.steps=many"], r"optim.steps: Input should be a valid integer \(got 'many'\)"),
         (["optim.steps='10'"], "optim.steps: Input should be a valid integer"),
         (["optim.steps=0"], "optim.steps: Input should be greater than or equal to 1"),

@@ -9,14 +9,16 @@ import hashlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from rlt_retrieval.annotations import POSITIVE_RELEVANCY, Classes, Ek100Dataset
 from rlt_retrieval.data.failures import FailureLog
 from rlt_retrieval.data.shards import BadSample, ShardSample, iter_samples
 from rlt_retrieval.data.streams import LogicalStream, StreamPosition, sample_rng
@@ -30,6 +32,10 @@ Element = TypeVar("Element")
 
 JOIN_SECONDS = 1.0
 NO_CAPTION = "no caption; add one to the sample's json or txt"
+NO_CLASSES = "no verb_class and noun_classes in its json; make the shards again with --format ek100"
+NO_POSITIVE = (
+    f"no sentence of dataset.json has a relevancy above {POSITIVE_RELEVANCY} to it; mend its classes"
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ def tokenize_clip(
     """Worker job: one whole clip.
 
     Args:
+        num_captions: texts to draw from; `caption_index` of the result is the one drawn.
         draw: (seed, epoch, key) of the random draws in training (caption, frames, crop); None in evaluation.
     """
     rng = None if draw is None else sample_rng(*draw)
@@ -150,11 +157,16 @@ def iter_eval_clips(
 
 @dataclass(frozen=True)
 class TrainClip:
-    """One sample of a training batch."""
+    """One sample of a training batch.
+
+    With a data set, `classes` are the clip's own and `sentence_classes` those of the sentence drawn as `caption`.
+    """
 
     key: str
     caption: str
     tokens: VideoTokens
+    classes: Classes | None = None
+    sentence_classes: Classes | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +178,17 @@ class TrainBatch:
 
 
 Slice = list[tuple[StreamPosition, TrainClip]]
+Text = tuple[str, Classes | None]
+
+
+def relevant_texts(dataset: Ek100Dataset) -> Callable[[Classes], Sequence[Text]]:
+    """A function from a clip's classes to all sentences with a relevancy above `POSITIVE_RELEVANCY` to it.
+
+    Text and classes come from one row of the data set. Answers are kept: a few thousand different classes share some
+    ten thousand clips.
+    """
+    texts: list[Text] = [(sentence.text, sentence.classes) for sentence in dataset.sentences]
+    return cache(lambda classes: [texts[row] for row in dataset.table.positives_of(classes)])
 
 
 class TrainLoader:
@@ -174,6 +197,9 @@ class TrainLoader:
     The clips of a batch depend on the recipe only, never on ranks or workers; a bad sample is replaced by the next
     one of its stream. A slice lies in one epoch of its stream, so that no batch holds a clip twice; what is left at
     an epoch's end is too few for a slice and not used (each epoch draws another order).
+
+    The text of a clip is one of its captions, or, with `dataset`, any sentence of it that is relevant to the clip: a
+    uniform draw of the sample's own generator either way.
 
     Raises (while iterating):
         ShardError: a stream with fewer clips than its slice, or more than `max_bad_fraction` of all samples bad.
@@ -192,10 +218,12 @@ class TrainLoader:
         seed: int,
         shuffle_buffer: int,
         positions: Mapping[int, StreamPosition],
+        dataset: Ek100Dataset | None = None,
     ) -> None:
         self._sampling, self._pool, self._failures = sampling, pool, failures
         self._clips_per_stream = clips_per_stream
         self._seed = seed
+        self._relevant_to = relevant_texts(dataset) if dataset else None
         self._streams = {
             stream: LogicalStream(
                 shards,
@@ -244,32 +272,44 @@ class TrainLoader:
 
     def _clips(self) -> Iterator[tuple[int, StreamPosition, TrainClip]]:
         """Good samples of all streams, with the stream's position after each."""
-        waiting: dict[int, tuple[int, StreamPosition, ShardSample]] = {}
+        waiting: dict[int, tuple[int, StreamPosition, ShardSample, Sequence[Text]]] = {}
 
         def tasks() -> Iterator[tuple[Any, ...]]:
             number = 0
             for stream, position, sample in self._raw():
-                if isinstance(sample, BadSample) or not sample.captions:
-                    reason = sample.reason if isinstance(sample, BadSample) else NO_CAPTION
-                    self._failures.bad(sample.key, sample.shard, reason)
+                if isinstance(sample, BadSample) or not (texts := self._texts_of(sample)):
+                    self._failures.bad(sample.key, sample.shard, self._why_unusable(sample))
                     continue
                 self._clips_ahead[stream] += 1
-                waiting[number] = (stream, position, sample)
+                waiting[number] = (stream, position, sample, texts)
                 number += 1
                 draw = (self._seed, position.epoch, sample.key)
-                yield sample.media, self._sampling, len(sample.captions), draw
+                yield sample.media, self._sampling, len(texts), draw
 
         for event in self._pool.run(tokenize_clip, tasks(), ordered=True):
-            stream, position, sample = waiting[event.task]
+            stream, position, sample, texts = waiting[event.task]
             if isinstance(event, Item):
                 self._failures.good()
-                caption = sample.captions[event.value.caption_index]
-                yield stream, position, TrainClip(sample.key, caption, event.value.tokens)
+                text, classes = texts[event.value.caption_index]
+                clip = TrainClip(sample.key, text, event.value.tokens, sample.classes, classes)
+                yield stream, position, clip
             else:
                 if isinstance(event, Failure):
                     self._clips_ahead[stream] -= 1
                     self._failures.bad(sample.key, sample.shard, event.message)
                 del waiting[event.task]
+
+    def _texts_of(self, sample: ShardSample) -> Sequence[Text]:
+        if self._relevant_to is None:
+            return [(caption, None) for caption in sample.captions]
+        return [] if sample.classes is None else self._relevant_to(sample.classes)
+
+    def _why_unusable(self, sample: ShardSample | BadSample) -> str:
+        if isinstance(sample, BadSample):
+            return sample.reason
+        if self._relevant_to is None:
+            return NO_CAPTION
+        return NO_CLASSES if sample.classes is None else NO_POSITIVE
 
     def _raw(self) -> Iterator[tuple[int, StreamPosition, ShardSample | BadSample]]:
         """The next sample of whichever stream is least ahead: one with many bad samples delays, never piles up."""

@@ -22,12 +22,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from braceexpand import braceexpand
 from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
+from rlt_retrieval.annotations import Classes
 from rlt_retrieval.data.files import make_folder, write_whole
 from rlt_retrieval.data.sources.folder import VIDEO_EXTENSIONS
 from rlt_retrieval.errors import ShardError
@@ -36,6 +37,7 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 PLAIN_KEY_BYTES = frozenset((string.ascii_letters + string.digits + "_-").encode())
 MAX_KEY_LENGTH = 80  # ustar holds 100 characters a name, the suffix included
 TAR_BLOCK_BYTES = 512
+MAX_CLASS_ID = 2**31 - 1  # beyond it, relevancy would overflow far from the sample
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class ShardSample:
     `media` is the file as stored; its own clock starts at 0. `start_seconds`, `end_seconds` say which span of
     the video `video_id` it was cut from (end None: to the end, or not known). Samples of the same `group`
     that lie next to each other stay together in training. `captions` may be empty. `shard` is the path it was
-    read from.
+    read from. `classes` (json keys verb_class and noun_classes) say to which sentences the clip is relevant.
     """
 
     key: str
@@ -56,6 +58,7 @@ class ShardSample:
     end_seconds: float | None
     group: str | None = None
     shard: str = ""
+    classes: Classes | None = None
 
 
 @dataclass(frozen=True)
@@ -140,13 +143,20 @@ def write_tar(path: Path, samples: Iterable[ShardSample]) -> None:
     def fill(file: BinaryIO) -> None:
         with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
             for sample in samples:
-                meta = asdict(sample)
-                for name in ("key", "media", "shard", *(["group"] if sample.group is None else [])):
-                    del meta[name]
-                text = json.dumps(meta, sort_keys=True).encode()
+                text = json.dumps(_meta(sample), sort_keys=True).encode()
                 tar.write({"__key__": sample.key, "mp4": sample.media, "json": text})
 
     write_whole(path, fill)
+
+
+def _meta(sample: ShardSample) -> dict[str, Any]:
+    """What the json member says; `_parse` reads it."""
+    meta = asdict(sample)
+    for name in ("key", "media", "shard", "classes", *(["group"] if sample.group is None else [])):
+        del meta[name]
+    if sample.classes is not None:
+        meta["verb_class"], meta["noun_classes"] = sample.classes
+    return meta
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -324,6 +334,7 @@ def _parse(entry: ShardEntry, file: BinaryIO) -> ShardSample:
         end_seconds=_seconds(meta, "end_seconds"),
         group=_group(meta),
         shard=str(entry.shard),
+        classes=_classes(meta),
     )
 
 
@@ -398,3 +409,18 @@ def _seconds(meta: dict[str, Any], name: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise _UnusableError(f"json: {name} is not a number of seconds: {value!r}")
     return float(value)
+
+
+def _classes(meta: dict[str, Any]) -> Classes | None:
+    verb, nouns = meta.get("verb_class"), meta.get("noun_classes")
+    if verb is None and nouns is None:
+        return None
+    if not _is_class_id(verb):
+        raise _UnusableError(f"json: verb_class is not a class id: {verb!r}")
+    if not isinstance(nouns, list) or not all(map(_is_class_id, nouns)):
+        raise _UnusableError(f"json: noun_classes is not a list of class ids: {nouns!r}")
+    return Classes.of(verb, nouns)
+
+
+def _is_class_id(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value <= MAX_CLASS_ID  # type: True is no class

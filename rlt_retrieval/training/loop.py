@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlt_retrieval.annotations import Ek100Dataset
 from rlt_retrieval.config import Recipe
 from rlt_retrieval.data.batching import batches_by_budget
 from rlt_retrieval.data.failures import FailureLog
@@ -34,7 +35,8 @@ from rlt_retrieval.eval.protocols import ProtocolResult
 from rlt_retrieval.model import VideoTextModel, autocast
 from rlt_retrieval.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from rlt_retrieval.training.distributed import Ranks, join_ranks, leave_ranks
-from rlt_retrieval.training.losses import Loss, backward, build_loss
+from rlt_retrieval.training.losses import NEED_RELEVANCY, Loss, backward, build_loss
+from rlt_retrieval.training.relevancies import batch_relevancy, read_training_dataset
 from rlt_retrieval.training.run_folder import (
     MetricsLog,
     checkpoint_folder,
@@ -88,13 +90,14 @@ def _train(recipe: Recipe, ranks: Ranks, on_step: OnStep) -> TrainResult:
     # data
     shards = expand_shards(recipe.data.train)
     eval_shards = expand_shards(recipe.data.eval) if recipe.data.eval else []
+    dataset = read_training_dataset(shards, recipe.optim.loss)
     max_bad = recipe.data.max_bad_fraction
     failures = FailureLog(run / f"failures{_suffix(ranks)}.jsonl", max_bad)
     share_cores(recipe.data.num_workers, ranks.device)
 
     # model, optimiser
     model = create_model(recipe, ranks.device)
-    loss = build_loss(recipe.optim.loss, model.clip, rank=ranks.rank, world_size=ranks.world_size)
+    loss = create_loss(recipe, model, ranks)
     optimizer = build_optimizer(model, recipe)
 
     # resume
@@ -107,7 +110,8 @@ def _train(recipe: Recipe, ranks: Ranks, on_step: OnStep) -> TrainResult:
         WorkerPool(recipe.data.num_workers, recipe.data.decode_timeout_seconds) as pool,
         closing(
             prefetch(
-                build_loader(recipe, model, shards, pool, failures, ranks, done.positions), PREFETCHED_BATCHES
+                build_loader(recipe, model, shards, pool, failures, ranks, done.positions, dataset),
+                PREFETCHED_BATCHES,
             )
         ) as batches,
         MetricsLog(run, done.step) if ranks.is_first else nullcontext() as log,
@@ -149,6 +153,18 @@ def _result(run: Path, ranks: Ranks) -> TrainResult:
     return TrainResult(model_folder(run), last, num_skipped, ranks.is_first)
 
 
+def create_loss(recipe: Recipe, model: VideoTextModel, ranks: Ranks) -> Loss:
+    optim = recipe.optim
+    return build_loss(
+        optim.loss,
+        model.clip,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        margin=optim.margin,
+        tolerance=optim.tolerance,
+    )
+
+
 def create_model(recipe: Recipe, device: torch.device) -> VideoTextModel:
     """The recipe's model in training mode."""
     pretrained = None if recipe.model.pretrained == "none" else recipe.model.pretrained
@@ -162,6 +178,7 @@ def create_model(recipe: Recipe, device: torch.device) -> VideoTextModel:
     )
     if recipe.optim.loss == "siglip":
         model.add_logit_bias()
+    model.clip.logit_scale.requires_grad_(not recipe.optim.freeze_logit_scale)
     model.video.gradient_checkpointing = recipe.optim.gradient_checkpointing
     return model.train()
 
@@ -199,6 +216,7 @@ def build_loader(
     failures: FailureLog,
     ranks: Ranks,
     positions: dict[int, StreamPosition],
+    dataset: Ek100Dataset | None = None,
 ) -> TrainLoader:
     """This rank's share of the logical streams: neighbours, so that ranks in order give the global batch in order."""
     num_streams, world_size = recipe.data.num_streams, ranks.world_size
@@ -220,6 +238,7 @@ def build_loader(
         seed=recipe.seed,
         shuffle_buffer=recipe.data.shuffle_buffer,
         positions=positions,
+        dataset=dataset,
     )
 
 
@@ -244,15 +263,18 @@ def train_step(
         group["lr"] = rate * group["lr_scale"]
     optimizer.zero_grad(set_to_none=True)
     parts = batches_by_budget(batch.clips, lambda clip: model.video.num_rows(clip.tokens), optim.token_budget)
-    mean_loss = ranks.mean(backward(loss, [_features(model, part, step, recipe) for part in parts]))
+    relevancy_GG = batch_relevancy(batch.clips, ranks) if optim.loss in NEED_RELEVANCY else None
+    micro_batches = [_features(model, part, step, recipe) for part in parts]
+    mean_loss = ranks.mean(backward(loss, micro_batches, relevancy_GG))
     _check_finite("loss", mean_loss, step, batch)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     ranks.average_gradients(parameters)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, optim.max_grad_norm))
     _check_finite("gradient norm", norm, step, batch)
     optimizer.step()
-    with torch.no_grad():
-        model.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)  # type: ignore[operator]
+    if not optim.freeze_logit_scale:
+        with torch.no_grad():
+            model.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)  # type: ignore[operator]
     kept = sum(len(clip.tokens) for clip in batch.clips)
     keep_ratio = kept / sum(math.prod(clip.tokens.grid) for clip in batch.clips)
     return {

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from made_ek100 import write_ek100_copy
 from safetensors.torch import load_file
 
 from rlt_retrieval.data.synthetic import write_synthetic_shards
+from rlt_retrieval.training.losses import NEED_RELEVANCY
 
 ROOT = Path(__file__).resolve().parents[2]
 BETA_1 = 0.9
@@ -35,15 +37,17 @@ pytestmark = pytest.mark.acceptance
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Training clips, and an odd number of test clips."""
+    """Training clips, the same with classes and sentences, and an odd number of test clips."""
     folder = tmp_path_factory.mktemp("data")
     write_synthetic_shards(folder, num_train=64, num_test=7, seed=0, num_streams=8)
+    write_ek100_copy(folder / "train", folder / "classed")
     return folder
 
 
 def train(num_processes: int, run: Path, data: Path, **changes: Any) -> Path:
     """The demo recipe, made small, as a user would launch it."""
-    values = {"run_dir": run, "data.train": data / "train", "data.eval": data / "test"}
+    clips = "classed" if changes.get("optim.loss") in NEED_RELEVANCY else "train"
+    values = {"run_dir": run, "data.train": data / clips, "data.eval": data / "test"}
     paths = {"run_dir": json.dumps(str(run))} | {
         key: json.dumps([str(path)]) for key, path in values.items() if key != "run_dir"
     }
@@ -76,7 +80,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("loss", ["clip", "siglip", "sms"])
 def test_same_loss_curve(data: Path, tmp_path: Path, loss: str) -> None:
     """Evaluation too: seven clips over two ranks, each once."""
     changes = {"optim.loss": loss, "optim.steps": 12}
@@ -97,7 +101,7 @@ def test_same_loss_curve(data: Path, tmp_path: Path, loss: str) -> None:
                 assert ours["eval"]["text_to_video"][key] == pytest.approx(value, abs=1e-4), key
 
 
-@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("loss", ["clip", "siglip", "sms"])
 def test_same_gradients_on_the_first_step(data: Path, tmp_path: Path, loss: str) -> None:
     """As the optimiser saw them: after one step its first moment is (1 - beta_1) times the clipped gradient."""
     changes = {"optim.loss": loss, "optim.steps": 1}

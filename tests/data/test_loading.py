@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,11 +17,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlt_retrieval.annotations import Classes, Ek100Dataset, Ek100Sentence
 from rlt_retrieval.data import loading
 from rlt_retrieval.data.batching import batches_by_budget
 from rlt_retrieval.data.failures import FailureLog
 from rlt_retrieval.data.loading import (
     NO_CAPTION,
+    NO_CLASSES,
+    NO_POSITIVE,
     Sampling,
     TokenizedClip,
     TrainBatch,
@@ -78,6 +82,7 @@ def make_loader(
     positions: Mapping[int, StreamPosition] | None = None,
     failures: FailureLog | None = None,
     sampling: Sampling = SAMPLING,
+    dataset: Ek100Dataset | None = None,
 ) -> TrainLoader:
     return TrainLoader(
         shards,
@@ -90,6 +95,7 @@ def make_loader(
         seed=5,
         shuffle_buffer=4,
         positions=positions or {},
+        dataset=dataset,
     )
 
 
@@ -111,12 +117,12 @@ def join(parts: Sequence[TrainBatch]) -> TrainBatch:
 
 
 def assert_same(found: Sequence[TrainBatch], expected: Sequence[TrainBatch]) -> None:
-    """Key for key, caption for caption, pixel for pixel."""
+    """Key for key, caption for caption, class for class, pixel for pixel."""
     assert keys(found) == keys(expected)
     for left, right in zip(found, expected, strict=True):
         assert left.positions == right.positions
         for a, b in zip(left.clips, right.clips, strict=True):
-            assert a.caption == b.caption
+            assert (a.caption, a.classes, a.sentence_classes) == (b.caption, b.classes, b.sentence_classes)
             assert a.tokens.grid == b.tokens.grid
             for name in ("patches", "positions", "run_lengths"):
                 assert torch.equal(getattr(a.tokens, name), getattr(b.tokens, name)), (a.key, name)
@@ -201,6 +207,86 @@ def test_groups_arrive_together(media: list[bytes], tmp_path: Path) -> None:
     for batch in keys(load(paths, 10, num_streams=1, streams=[0], clips_per_stream=8)):
         for four in (batch[:4], batch[4:]):
             assert four == [f"{four[0][:2]}-{n}" for n in range(4)]
+
+
+# --- sentences of a data set ----------------------------------------------------------------------------------
+
+OWN = Classes(1, (0, 1, 2))  # clips 0 … 13
+OTHER = Classes(2, (7,))  # clips 14 … 27
+# Text → classes, in an order that neither classes nor clips have. Relevancy to OWN: 0, 1, 0.1 and not above, 1/6, 1/2,
+# 1/2, 0; to OTHER: 1/2, and 0 for all the rest.
+SENTENCES = {
+    "turn the tap": Classes(2, (5,)),
+    "wash all three": OWN,
+    "cut one of five": Classes(9, (0, 4, 5)),  # IoU 1/5
+    "cut one of three": Classes(9, (0,)),  # IoU 1/3
+    "wash the lid": Classes(1, (8,)),
+    "cut all three": Classes(9, (0, 1, 2)),
+    "open the door": Classes(3, (9,)),
+}
+POSITIVES = {
+    OWN: {"wash all three", "cut one of three", "wash the lid", "cut all three"},
+    OTHER: {"turn the tap"},
+}
+DATASET = Ek100Dataset(
+    "train", 28, tuple(Ek100Sentence(f"P01_{n}", *row) for n, row in enumerate(SENTENCES.items()))
+)
+
+
+@pytest.fixture
+def classed_shards(media: list[bytes], tmp_path: Path) -> list[Path]:
+    """The clips of `shards` with classes; their captions are in no row of the data set."""
+    samples = [
+        replace(sample, classes=OWN if n < 14 else OTHER) for n, sample in enumerate(make_samples(media))
+    ]
+    return write_shards(samples, tmp_path / "classed", samples_per_shard=7)
+
+
+def test_sentences_are_all_the_relevant_ones_and_keep_their_own_classes(classed_shards: list[Path]) -> None:
+    """A text with the classes, or the relevancy, of another row would show: every row differs in both."""
+    drawn: dict[Classes, list[str]] = {OWN: [], OTHER: []}
+    for batch in load(classed_shards, 40, dataset=DATASET):
+        for clip in batch.clips:
+            assert clip.classes == (OWN if clip.key < "clip-14" else OTHER)
+            assert clip.sentence_classes == SENTENCES[clip.caption]
+            assert clip.classes is not None
+            drawn[clip.classes].append(clip.caption)
+    assert {classes: set(texts) for classes, texts in drawn.items()} == POSITIVES
+    counts = [drawn[OWN].count(text) for text in POSITIVES[OWN]]
+    assert min(counts) > sum(counts) / 8, "uniform: a quarter each"
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_sentences_do_not_depend_on_workers_or_where_a_run_stopped(
+    classed_shards: list[Path], num_workers: int
+) -> None:
+    whole = load(classed_shards, 6, dataset=DATASET)
+    assert_same(load(classed_shards, 6, num_workers, dataset=DATASET), whole)
+    rest = load(classed_shards, 2, num_workers, dataset=DATASET, positions=whole[3].positions)
+    assert_same(rest, whole[4:])
+
+
+def test_epochs_draw_new_sentences(classed_shards: list[Path]) -> None:
+    batches = load(classed_shards, 42, clips_per_stream=1, dataset=DATASET)
+    assert len({clip.caption for batch in batches for clip in batch.clips if clip.key == "clip-00"}) > 1
+
+
+def test_clips_without_classes_or_relevant_sentence_are_bad_samples(
+    media: list[bytes], tmp_path: Path
+) -> None:
+    """A caption is then no excuse, and no caption no fault."""
+    samples = [replace(sample, classes=OWN) for sample in make_samples(media)]
+    samples[3] = replace(samples[3], classes=None)
+    samples[9] = replace(samples[9], classes=Classes(30, (40,)))
+    samples[10] = replace(samples[10], captions=())
+    paths = write_shards(samples, tmp_path / "some", samples_per_shard=7)
+    failures = FailureLog(None, 1.0)
+    batches = load(paths, 6, dataset=DATASET, failures=failures)
+    assert {bad.key: bad.reason for bad in failures.failures} == {
+        "clip-03": NO_CLASSES,
+        "clip-09": NO_POSITIVE,
+    }
+    assert "clip-10" in {key for batch in keys(batches) for key in batch}
 
 
 # --- bad samples --------------------------------------------------------------------------------------------

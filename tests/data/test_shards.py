@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from made_shards import write_numbered, write_tar
 from webdataset.tariterators import base_plus_ext
 
+from rlt_retrieval.annotations import Classes
 from rlt_retrieval.data.shards import (
     BadSample,
     ShardSample,
@@ -69,6 +70,27 @@ def test_what_is_written_is_read_and_twice_gives_the_same_bytes(tmp_path):
     assert back == expected
     with tarfile.open(first[0]) as tar:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar} == {(0, 0, 0, "", "", 0o644)}
+
+
+@pytest.mark.parametrize("classes", [Classes(0, (2,)), Classes(3, ()), Classes(96, (1, 20))])
+def test_classes_are_written_as_ids_and_read_back(tmp_path, classes):
+    marked = ShardSample("k", b"media", ("c",), "v", 0.0, None, classes=classes)
+    (path,) = write_shards([marked], tmp_path, samples_per_shard=1)
+    with tarfile.open(path) as tar:
+        meta = json.load(tar.extractfile("k.json"))
+    assert (meta["verb_class"], meta["noun_classes"]) == (classes.verb, list(classes.nouns))
+    (back,) = read_shard(path)
+    assert back.classes == classes
+    assert isinstance(back.classes, Classes)
+
+
+def test_a_sample_without_classes_writes_what_it_always_wrote(tmp_path):
+    (path,) = write_shards([sample("k", "c")], tmp_path, samples_per_shard=1)
+    with tarfile.open(path) as tar:
+        text = tar.extractfile("k.json").read()
+    assert text == b'{"captions": ["c"], "end_seconds": 4.0, "start_seconds": 1.5, "video_id": "k.mov"}'
+    (back,) = read_shard(path)
+    assert back.classes is None
 
 
 def test_bad_keys_and_used_folders_are_refused(tmp_path):
@@ -206,6 +228,27 @@ def test_members_of_any_order_and_kind(tmp_path):
         ([("a.mp4", b"v"), ("a.json", b'{"captions": [1]}')], "json: a caption is not text"),
         ([("a.mp4", b"v"), ("a.json", b'{"end_seconds": "1"}')], "json: end_seconds is not a number"),
         ([("a.mp4", b"v"), ("a.json", b'{"start_seconds": NaN}')], "json: start_seconds is not a number"),
+        (
+            [("a.mp4", b"v"), ("a.json", b'{"verb_class": "1", "noun_classes": []}')],
+            "json: verb_class is not a class id: '1'",
+        ),
+        ([("a.mp4", b"v"), ("a.json", b'{"noun_classes": [1]}')], "json: verb_class is not a class id: None"),
+        (
+            [("a.mp4", b"v"), ("a.json", b'{"verb_class": -1, "noun_classes": []}')],
+            "json: verb_class is not a class id: -1",
+        ),
+        (
+            [("a.mp4", b"v"), ("a.json", b'{"verb_class": 1}')],
+            "json: noun_classes is not a list of class ids: None",
+        ),
+        (
+            [("a.mp4", b"v"), ("a.json", b'{"verb_class": 1, "noun_classes": [true]}')],
+            "json: noun_classes is not a list of class ids: [True]",
+        ),
+        (
+            [("a.mp4", b"v"), ("a.json", b'{"verb_class": 1, "noun_classes": [99999999999]}')],
+            "json: noun_classes is not a list of class ids",
+        ),
         ([("a.mp4", b"v"), ("a.txt", b"\xff")], "txt: not UTF-8"),
         ([("a.mp4", b"v"), ("a.txt.gz", b"text")], "txt.gz: not gzip data"),
         ([("a.mp4", b"v"), ("a.txt.gz", gzip.compress(b"text")[:-9])], "txt.gz: not gzip data"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_ek100 import made_classes, write_ek100_copy
 
 from rlt_retrieval.config import Recipe
 from rlt_retrieval.data.loading import TrainBatch, TrainClip
@@ -30,6 +31,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder, num_train=NUM_TRAIN, num_test=NUM_TEST, seed=0, num_streams=NUM_STREAMS, spec=SPEC
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_ek100(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the training clips of `tiny_data`, classes and a data set of sentences."""
+    return write_ek100_copy(tiny_data / "train", tmp_path_factory.mktemp("tiny_ek100"))
 
 
 @pytest.fixture
@@ -96,7 +103,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 @pytest.fixture
 def random_batch(make_model: Callable[..., VideoTextModel]) -> TrainBatch:
-    """Eight clips of very different token counts: ever larger parts of the picture move."""
+    """Eight clips of very different token counts: ever larger parts of the picture move; each has its own sentence."""
     generator = torch.Generator().manual_seed(3)
     tokenizer = make_model().tokenizer
     clips = []
@@ -105,6 +112,7 @@ def random_batch(make_model: Callable[..., VideoTextModel]) -> TrainBatch:
         moving = frames_TCHW[..., : 4 * number]
         moving.copy_(torch.randint(0, 256, moving.shape, generator=generator))
         tokens = tokenizer(frames_TCHW.to(torch.uint8))
-        clips.append(TrainClip(f"clip-{number}", f"a picture with number {number}", tokens))
+        classes = made_classes(number), made_classes(number + 15 * (number % 2))
+        clips.append(TrainClip(f"clip-{number}", f"a picture with number {number}", tokens, *classes))
     assert len({len(clip.tokens) for clip in clips}) > 3
     return TrainBatch(clips, {})

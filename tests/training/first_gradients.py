@@ -15,10 +15,17 @@ from rlt_retrieval.data.failures import FailureLog
 from rlt_retrieval.data.shards import expand_shards
 from rlt_retrieval.data.workers import WorkerPool
 from rlt_retrieval.training.distributed import Ranks, join_ranks, leave_ranks
-from rlt_retrieval.training.loop import build_loader, build_optimizer, create_model, evaluate, train_step
-from rlt_retrieval.training.losses import build_loss
+from rlt_retrieval.training.loop import (
+    build_loader,
+    build_optimizer,
+    create_loss,
+    create_model,
+    evaluate,
+    train_step,
+)
+from rlt_retrieval.training.relevancies import read_training_dataset
 
-LOSSES = ("clip", "siglip")
+LOSSES = ("clip", "siglip", "mi_mm", "adaptive_mi_mm", "sms")
 
 
 def main(recipe_path: str, out_path: str) -> None:
@@ -49,8 +56,9 @@ def _first_step(recipe: Recipe, name: str, ranks: Ranks) -> dict[str, torch.Tens
     failures = FailureLog(None, 0.1)
     with WorkerPool(0, 60.0) as pool:
         shards = expand_shards(recipe.data.train)
-        (batch,) = islice(build_loader(recipe, model, shards, pool, failures, ranks, {}), 1)
-    loss = build_loss(recipe.optim.loss, model.clip, rank=ranks.rank, world_size=ranks.world_size)
+        dataset = read_training_dataset(shards, recipe.optim.loss)
+        (batch,) = islice(build_loader(recipe, model, shards, pool, failures, ranks, {}, dataset), 1)
+    loss = create_loss(recipe, model, ranks)
     line = train_step(model, loss, build_optimizer(model, recipe), batch, 1, recipe, ranks)
     gradients = {f"{name}/{key}": p.grad for key, p in model.named_parameters() if p.grad is not None}
     numbers = {

@@ -49,12 +49,17 @@ def start_rank(rank: int, port: int, arguments: list[str]) -> subprocess.Popen[s
 
 @pytest.fixture(scope="module")
 def steps(
-    make_recipe_in: Callable[..., Recipe], tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+    make_recipe_in: Callable[..., Recipe],
+    tiny_data: Path,
+    tiny_ek100: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Step, Step]:
     """The first step of one process, and of two; several micro-batches of uneven sizes on either rank."""
     folder = tmp_path_factory.mktemp("ranks")
     recipe = make_recipe_in(
-        folder, data={"eval": [str(tiny_data / "test")]}, optim={"token_budget": 70, "max_grad_norm": 1e9}
+        folder,
+        data={"train": [str(tiny_ek100)], "eval": [str(tiny_data / "test")]},
+        optim={"token_budget": 70, "max_grad_norm": 1e9},
     )
     (folder / "recipe.json").write_text(recipe.model_dump_json())
     port = free_port()

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from made_ek100 import made_classes, write_dataset
 from signals import default_ctrl_c
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlt_retrieval import cli
 from rlt_retrieval.config import Recipe
-from rlt_retrieval.data.loading import TrainBatch
+from rlt_retrieval.data.loading import NO_CLASSES, TrainBatch
 from rlt_retrieval.errors import CheckpointError, RetrievalError, ShardError, TrainingError
 from rlt_retrieval.model import VideoTextModel
 from rlt_retrieval.training import loop, run_folder
@@ -106,6 +109,27 @@ def test_seed_decides_everything(make_recipe: MakeRecipe) -> None:
         train(recipe, device="cpu")
         losses.append([line["loss"] for line in read_lines(recipe)])
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("loss", ["sms", "adaptive_mi_mm", "mi_mm", "clip"])
+def test_relevancy_aware_run_learns_and_can_be_stopped(
+    make_recipe: MakeRecipe, tiny_ek100: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    """The sentences drawn depend on seed, epoch and clip alone: the losses go on as if never stopped."""
+    changes = {
+        "data": {"train": [str(tiny_ek100)]},
+        "optim": {"loss": loss, "steps": 12, "freeze_logit_scale": True, "max_grad_norm": math.inf},
+    }
+    whole, stopped = make_recipe("whole", **changes), make_recipe("stopped", **changes)
+    train(whole, device="cpu")
+    with monkeypatch.context() as patch:
+        stop_at(patch, "train_step", 6)
+        with pytest.raises(StoppedError):
+            train(stopped, device="cpu")
+    train(stopped, device="cpu")
+    losses = [line["loss"] for line in read_lines(whole)]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert [line["loss"] for line in read_lines(stopped)] == pytest.approx(losses, rel=0, abs=1e-5)
 
 
 def test_siglip_run_can_be_stopped_and_loaded(
@@ -276,7 +300,7 @@ def test_infinite_gradient_of_a_finite_loss_stops_too(
     model = create_model(recipe, torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    def steep(z_video_BD: torch.Tensor, z_text_BD: torch.Tensor) -> torch.Tensor:
+    def steep(z_video_BD: torch.Tensor, z_text_BD: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
         return (z_video_BD * 0).abs().sqrt().sum() + 0 * z_text_BD.sum()  # 0, with the slope 0 · ∞
 
     with pytest.raises(TrainingError, match=r"the gradient norm is nan at step 1; .*clip-0, clip-1"):
@@ -332,6 +356,27 @@ def test_impossible_data(
 ) -> None:
     with pytest.raises(error, match=message):
         train(make_recipe(**changes), device="cpu")
+
+
+@pytest.mark.parametrize("loss", ["sms", "adaptive_mi_mm"])
+def test_loss_that_needs_relevancies_on_other_shards(make_recipe: MakeRecipe, loss: str) -> None:
+    """Said before a model is made, with both ways out."""
+    expected = rf"loss '{loss}' needs relevancies, but .*/train has no EK-100 dataset.json; .*--format ek100"
+    with pytest.raises(TrainingError, match=f"{expected}.*, or use loss clip, siglip or mi_mm") as error:
+        train(make_recipe(optim={"loss": loss}), device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_clips_without_classes_beside_a_dataset(
+    make_recipe: MakeRecipe, tiny_data: Path, tmp_path: Path
+) -> None:
+    shards = shutil.copytree(tiny_data / "train", tmp_path / "shards")
+    write_dataset(shards, [made_classes(0)])
+    recipe = make_recipe(data={"train": [str(shards)], "max_bad_fraction": 0.1}, optim={"loss": "sms"})
+    with pytest.raises(ShardError, match="fewer usable clips"):
+        train(recipe, device="cpu")
+    failures = (Path(recipe.run_dir) / "failures.jsonl").read_text().splitlines()
+    assert {json.loads(line)["reason"] for line in failures} == {NO_CLASSES}
 
 
 def test_streams_that_ranks_cannot_share(make_recipe: MakeRecipe) -> None:
@@ -396,6 +441,35 @@ def test_temperature_stays_at_most_100(make_recipe: MakeRecipe, random_batch: Tr
     loss = build_loss("clip", model.clip, rank=0, world_size=1)
     train_step(model, loss, optimizer, random_batch, 1, recipe, ranks)
     assert model.clip.logit_scale.exp().item() == pytest.approx(100)
+
+
+def test_frozen_temperature_is_left_alone(make_recipe: MakeRecipe, random_batch: TrainBatch) -> None:
+    """Not even kept below 100: it is what the weights came with."""
+    recipe = make_recipe(optim={"learning_rate": 1e-3, "warmup_steps": 0, "freeze_logit_scale": True})
+    model = create_model(recipe, torch.device("cpu"))
+    with torch.no_grad():
+        model.clip.logit_scale.fill_(5.0)
+    optimizer = build_optimizer(model, recipe)
+    assert not any(p is model.clip.logit_scale for group in optimizer.param_groups for p in group["params"])
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    loss = build_loss("clip", model.clip, rank=0, world_size=1)
+    train_step(model, loss, optimizer, random_batch, 1, recipe, ranks)
+    assert model.clip.logit_scale.item() == 5.0
+    assert model.clip.logit_scale.grad is None
+
+
+def test_infinite_max_grad_norm_does_not_clip(make_recipe: MakeRecipe, random_batch: TrainBatch) -> None:
+    norms = {}
+    for limit in (1e-3, math.inf):
+        recipe = make_recipe(optim={"max_grad_norm": limit})
+        model = create_model(recipe, torch.device("cpu"))
+        loss = build_loss("clip", model.clip, rank=0, world_size=1)
+        ranks = Ranks(0, 1, torch.device("cpu"))
+        line = train_step(model, loss, build_optimizer(model, recipe), random_batch, 1, recipe, ranks)
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        norms[limit] = line["grad_norm"], torch.cat(gradients).norm().item()
+    assert norms[math.inf][1] == pytest.approx(norms[math.inf][0], rel=1e-5)
+    assert norms[1e-3] == pytest.approx((norms[math.inf][0], 1e-3), rel=1e-2)
 
 
 # --- the command --------------------------------------------------------------------------------------------

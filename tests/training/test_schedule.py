@@ -27,6 +27,12 @@ def test_warm_up_then_cosine(step: int, rate: float) -> None:
     assert learning_rate(step, optim()) == pytest.approx(rate, abs=1e-12)
 
 
+@pytest.mark.parametrize(("step", "rate"), [(1, 0.4), (2, 0.6), (4, 1.0), (8, 0.55)])
+def test_warm_up_leaves_from_the_start_rate(step: int, rate: float) -> None:
+    """0.2 at step 0, then 0.2 more a step; nothing after the peak changes."""
+    assert learning_rate(step, optim(start_learning_rate=0.2)) == pytest.approx(rate, abs=1e-12)
+
+
 def test_no_warm_up_starts_on_the_cosine() -> None:
     assert learning_rate(6, optim(warmup_steps=0, final_learning_rate=0.0)) == pytest.approx(0.5)
 
