@@ -94,9 +94,11 @@ class VideoTextModel(nn.Module):
 
         Args:
             backbone: open_clip model name with a `VisionTransformer` image tower, or a configuration table.
-            pretrained: open_clip tag (downloaded once), local weight file, or None for random weights.
+            pretrained: open_clip tag (downloaded once), local weight file, or None for random weights. A published
+                AVION dual encoder (arXiv 2309.16669) is known by its names; it was trained for layout "joint".
             device: "auto" (CUDA where there is one), or a torch device.
-            quick_gelu: activation of a local weight file; None: the backbone's name decides. A tag's own wins.
+            quick_gelu: activation of a local weight file; None: the backbone's name decides. The own one of a tag
+                or of an AVION file wins.
             seed: of random weights.
             video_settings: fields of `VideoSettings`: layout, length_bias, cls_bias, reducer, threshold,
                 reference, tubelet_size, num_frames, stochastic_depth, patch_dropout.
@@ -110,7 +112,10 @@ class VideoTextModel(nn.Module):
         made = create_clip(backbone, pretrained, quick_gelu=quick_gelu, seed=seed)
         name = backbone if isinstance(backbone, str) else "custom"
         config = ModelConfig(name, made.model_cfg, made.preprocess_cfg, settings)
-        model = cls(made.module, config, backend=backend).to(resolve_device(device)).eval()
+        model = cls(made.module, config, backend=backend)
+        if made.temporal_table_TD is not None:
+            model.video.set_temporal_table(made.temporal_table_TD)
+        model = model.to(resolve_device(device)).eval()
         if pretrained is not None and Path(pretrained).is_file():
             pretrained = os.path.abspath(pretrained)
         model.origin = {
@@ -187,7 +192,8 @@ class VideoTextModel(nn.Module):
         """Write the towers as an open_clip state dict (.safetensors), unchanged in name and shape.
 
         `open_clip.create_model(name, pretrained=path)` reads it. What was added for video, or for the sigmoid loss
-        by `add_logit_bias`, is left out.
+        by `add_logit_bias`, is left out. Weights that came from AVION are for `config.model_cfg`, whose embedding
+        size and norms no open_clip name has.
 
         Raises:
             ModelError: a path of another kind, or the file cannot be written.

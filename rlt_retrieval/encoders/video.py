@@ -64,8 +64,9 @@ class VideoEncoder(nn.Module):
     """Packed tokens → one unit-norm embedding a clip.
 
     The tower's weights stay where they are (in the open_clip model); this module owns only what is added beside
-    them: temporal and run-length embeddings (zero at the start, layout "joint") and, for tubelets of two frames,
-    what the patch weights of each frame differ by from an even split (zero at the start).
+    them: temporal and run-length embeddings (zero at the start, layout "joint"; video weights bring their temporal
+    table) and, for tubelets of two frames, what the patch weights of each frame differ by from an even split (zero
+    at the start).
     """
 
     pixel_mean: Tensor
@@ -119,6 +120,21 @@ class VideoEncoder(nn.Module):
         weighted_SD = z_SD * plan.sequence_weights.to(z_SD.dtype)[:, None]
         z_BD = z_SD.new_zeros(len(packed), z_SD.shape[1]).index_add(0, plan.clip_of_sequence, weighted_SD)
         return F.normalize(z_BD, dim=-1)
+
+    def set_temporal_table(self, table_TD: Tensor) -> None:
+        """Start from the temporal table of video weights, [T, D], interpolated to this model's tubelets.
+
+        For tubelets of two frames that gives the mean of their two rows. Layout "frame" has no such table, and says so.
+        """
+        if self.settings.layout == "frame":
+            logger.warning(
+                "the temporal table of %d frames is not used: layout 'frame' has none; these weights were trained for "
+                "layout 'joint'",
+                len(table_TD),
+            )
+            return
+        with torch.no_grad():
+            self.temporal_embedding.copy_(_interpolated(table_TD[None], self.settings.num_tubelets)[0])
 
     def num_rows(self, tokens: VideoTokens) -> int:
         """Patch rows that encoding a clip computes: what a token budget counts.
@@ -190,12 +206,7 @@ class VideoEncoder(nn.Module):
     def _tables(self, num_tubelets: int) -> Tensor:
         """Temporal and run-length tables for clips of `num_tubelets`, one above the other: [2 T', D]."""
         tables_2TD = torch.stack([self.temporal_embedding, self.run_length_embedding])
-        if num_tubelets != self.settings.num_tubelets:
-            _announce_interpolation(self.settings.num_tubelets, num_tubelets)
-            tables_2TD = F.interpolate(
-                tables_2TD.transpose(1, 2), size=num_tubelets, mode="linear"
-            ).transpose(1, 2)
-        return tables_2TD.flatten(0, 1)
+        return _interpolated(tables_2TD, num_tubelets).flatten(0, 1)
 
     def _run_block(
         self,
@@ -330,6 +341,14 @@ def _branch_scales(packed: PackedTokens, num_blocks: int, rate: float) -> Tensor
         for seed in packed.clip_seeds
     ]
     return torch.stack([(draw >= rates_L) / (1 - rates_L) for draw in draws], dim=-1)
+
+
+def _interpolated(tables_KTD: Tensor, num_tubelets: int) -> Tensor:
+    """K tables [K, T, D] over time, linearly interpolated to `num_tubelets` rows where that differs, and said."""
+    if tables_KTD.shape[1] == num_tubelets:
+        return tables_KTD
+    _announce_interpolation(tables_KTD.shape[1], num_tubelets)
+    return F.interpolate(tables_KTD.transpose(1, 2), size=num_tubelets, mode="linear").transpose(1, 2)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -193,8 +193,12 @@ def test_a_pickle_with_other_objects_is_refused_and_not_run(
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, path)
-    with pytest.raises(ModelError, match=r"weights .*weights\.pt do not load into"):
+    with pytest.raises(
+        ModelError, match=r"weights .*weights\.pt do not load into .* keep its tensors .*: python -c "
+    ) as caught:
         create_clip(backbone, path)
+    assert "Unsupported global: GLOBAL " in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "was here").exists()
 
 

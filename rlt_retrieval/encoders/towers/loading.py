@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import socket
-import textwrap
 import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,12 +18,25 @@ import torch
 from huggingface_hub import constants as hub
 from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
-from torch import nn
+from torch import Tensor, nn
 
 from rlt_retrieval.encoders.towers import unsupported_tower
+from rlt_retrieval.encoders.towers.avion import (
+    AVION_PREPROCESS,
+    avion_config,
+    is_avion,
+    temporal_table,
+    to_open_clip,
+)
+from rlt_retrieval.encoders.towers.weight_files import (
+    WEIGHT_SUFFIXES,
+    does_not_load,
+    read_tensors,
+    safe_tensors,
+    short_reason,
+)
 from rlt_retrieval.errors import ModelError
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _CONNECT_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
@@ -33,11 +44,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClipModel:
-    """An open_clip model with all that is needed to build it again: `model_cfg` and `preprocess_cfg`."""
+    """An open_clip model with all that is needed to build it again: `model_cfg` and `preprocess_cfg`.
+
+    temporal_table_TD: float32, what the weights bring for T frames of a video; None for image weights.
+    """
 
     module: nn.Module
     model_cfg: dict[str, Any]
     preprocess_cfg: dict[str, Any]
+    temporal_table_TD: Tensor | None = None
 
 
 def create_clip(
@@ -51,8 +66,10 @@ def create_clip(
 
     Args:
         backbone: an open_clip model name, or a configuration table (embed_dim, vision_cfg, text_cfg, …).
-        pretrained: an open_clip tag, a local weight file, or None for random weights.
-        quick_gelu: activation of a local weight file (None: name or table decide); a tag's own always wins.
+        pretrained: an open_clip tag, a local weight file (an AVION dual encoder is known by its names), or None
+            for random weights.
+        quick_gelu: activation of a local weight file (None: name or table decide); the own one of a tag or of an
+            AVION file always wins.
         seed: of the random weights.
     Raises:
         ModelError: unknown name or tag, weights that cannot be had or do not fit; the message says the way out.
@@ -62,19 +79,29 @@ def create_clip(
         name = "the configured backbone"
     else:
         model_cfg, name = _named_config(backbone), backbone
-    model_cfg["quick_gelu"] = _quick_gelu(name, model_cfg, pretrained, quick_gelu)
+    path = None if pretrained is None or _is_tag(name, pretrained) else _weight_file(name, pretrained)
+    state = {} if path is None else read_tensors(name, path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if path is not None and is_avion(state):
+            return _create_avion(name, model_cfg, path, state)
+        model_cfg["quick_gelu"] = _quick_gelu(name, model_cfg, pretrained, quick_gelu)
         if isinstance(backbone, Mapping):
             module = build_clip(model_cfg)
-            _load_local(module, name, pretrained)
+            _load_local(module, name, path)
         else:
             module = _create_named(backbone, pretrained, model_cfg["quick_gelu"])
     if pretrained is None:
         logger.warning("%s has random weights (pretrained none): train it before you trust its hits", name)
+    return _clip_model(module, model_cfg)
+
+
+def _clip_model(
+    module: nn.Module, model_cfg: dict[str, Any], temporal_table_TD: Tensor | None = None
+) -> ClipModel:
     preprocess_cfg = dict(open_clip.get_model_preprocess_cfg(module))
     preprocess_cfg["size"] = list(module.visual.image_size)  # type: ignore[union-attr, arg-type]
-    return ClipModel(module.eval(), model_cfg, preprocess_cfg)
+    return ClipModel(module.eval(), model_cfg, preprocess_cfg, temporal_table_TD)
 
 
 def build_clip(model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any] | None = None) -> nn.Module:
@@ -83,13 +110,8 @@ def build_clip(model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any] |
     Raises:
         ModelError: a configuration that open_clip cannot build.
     """
+    _check_tables(model_cfg)
     options = {key: value for key, value in model_cfg.items() if key != "custom_text"}
-    for table in ("vision_cfg", "text_cfg"):
-        if not isinstance(options.get(table), Mapping):
-            raise ModelError(
-                f"the backbone configuration cannot be built: it has no table {table}; see open_clip's "
-                "model_configs for examples"
-            )
     # Weights follow: a Hugging Face text tower must not download its own first.
     options["text_cfg"] = {**options["text_cfg"], "hf_model_pretrained": False}
     if "multimodal_cfg" in model_cfg:
@@ -108,6 +130,15 @@ def build_clip(model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any] |
     cfg["size"] = module.visual.image_size
     open_clip.model.set_model_preprocess_cfg(module, cfg)
     return module
+
+
+def _check_tables(model_cfg: Mapping[str, Any]) -> None:
+    for table in ("vision_cfg", "text_cfg"):
+        if not isinstance(model_cfg.get(table), Mapping):
+            raise ModelError(
+                f"the backbone configuration cannot be built: it has no table {table}; see open_clip's "
+                "model_configs for examples"
+            )
 
 
 def _named_config(name: str) -> dict[str, Any]:
@@ -160,13 +191,32 @@ def _activation(quick_gelu: bool) -> str:
     return "QuickGELU" if quick_gelu else "GELU"
 
 
-def _create_named(name: str, pretrained: str | Path | None, quick_gelu: bool) -> nn.Module:
-    tags = open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
-    is_tag = bool(pretrained) and bool(open_clip.get_pretrained_cfg(name.replace("/", "-"), str(pretrained)))
-    if pretrained is not None and not is_tag:
-        _check_weight_file(name, pretrained, tags)
+def _is_tag(name: str, pretrained: str | Path) -> bool:
+    return bool(open_clip.get_pretrained_cfg(name.replace("/", "-"), str(pretrained)))
+
+
+def _create_avion(name: str, model_cfg: dict[str, Any], path: Path, state: Mapping[str, Tensor]) -> ClipModel:
+    _check_tables(model_cfg)
     try:
-        with _quiet_open_clip(), _safe_tensors(), _hub_offline_if_unreachable(is_tag):
+        model_cfg = avion_config(model_cfg, state)
+        module = build_clip(model_cfg, AVION_PREPROCESS)
+        weights = to_open_clip(state, module.state_dict())
+        table_TD = temporal_table(state, len(weights["visual.class_embedding"]))
+    except ValueError as error:
+        raise does_not_load(name, path, error) from error
+    module.load_state_dict(weights)
+    logger.warning(
+        "%s + %s: an AVION dual encoder; using GELU, norms, mean and std as it was trained with",
+        name,
+        path.name,
+    )
+    return _clip_model(module, model_cfg, table_TD)
+
+
+def _create_named(name: str, pretrained: str | Path | None, quick_gelu: bool) -> nn.Module:
+    is_tag = pretrained is not None and _is_tag(name, pretrained)
+    try:
+        with _quiet_open_clip(), safe_tensors(), _hub_offline_if_unreachable(is_tag):
             return open_clip.create_model(
                 name,
                 pretrained=None if pretrained is None else str(pretrained),
@@ -176,42 +226,33 @@ def _create_named(name: str, pretrained: str | Path | None, quick_gelu: bool) ->
                 weights_only=True,
             )
     except Exception as error:  # open_clip, the hub and torch raise many kinds; all mean: no weights
-        raise ModelError(_weights_message(name, pretrained, is_tag, error)) from error
+        if not is_tag:
+            raise does_not_load(name, pretrained, error) from error
+        raise ModelError(
+            f"the weights {name} + {pretrained} could not be downloaded ({short_reason(error)}); get the file on a "
+            "machine with network and pass it instead: --pretrained path/to/weights.safetensors "
+            '(pretrained="…" in Python)'
+        ) from error
 
 
-def _load_local(module: nn.Module, name: str, pretrained: str | Path | None) -> None:
-    if pretrained is None:
+def _load_local(module: nn.Module, name: str, path: Path | None) -> None:
+    if path is None:
         return
-    _check_weight_file(name, pretrained, [])
     try:
-        with _quiet_open_clip(), _safe_tensors():
-            open_clip.load_checkpoint(module, str(pretrained), weights_only=True)
+        with _quiet_open_clip(), safe_tensors():
+            open_clip.load_checkpoint(module, str(path), weights_only=True)
     except Exception as error:  # as above
-        raise ModelError(_weights_message(name, pretrained, False, error)) from error
+        raise does_not_load(name, path, error) from error
 
 
-def _check_weight_file(name: str, pretrained: str | Path, tags: list[str]) -> None:
+def _weight_file(name: str, pretrained: str | Path) -> Path:
     path = Path(pretrained)
     if path.is_file() and path.suffix in WEIGHT_SUFFIXES:
-        return
+        return path
     seen = "is not a weight file" if path.is_file() else "is neither a known tag nor a file"
+    tags = open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
     known = f"tags of {name}: {', '.join(tags)}; or " if tags else ""
     raise ModelError(f"pretrained {str(pretrained)!r} {seen}; {known}a file ({', '.join(WEIGHT_SUFFIXES)})")
-
-
-def _weights_message(name: str, pretrained: str | Path | None, is_tag: bool, error: Exception) -> str:
-    reason = textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
-    if is_tag:
-        return (
-            f"the weights {name} + {pretrained} could not be downloaded ({reason}); get the file on a machine with "
-            f'network and pass it instead: --pretrained path/to/weights.safetensors (pretrained="…" in Python)'
-        )
-    return f"the weights {pretrained} do not load into {name}: {reason}"
-
-
-def _safe_tensors() -> torch.serialization.safe_globals:
-    """Published checkpoints hold their command line beside the tensors; nothing else is unpickled."""
-    return torch.serialization.safe_globals([argparse.Namespace])
 
 
 @contextmanager
