@@ -320,11 +320,11 @@ def read_dataset(shards: Iterable[str | Path]) -> Ek100Dataset | None:
     Raises:
         AnnotationError: a damaged dataset.json, or shards of different data sets.
     """
-    found = {path: _read_dataset(path / "dataset.json") for path in _folders(shards)}
-    if len(set(found.values())) > 1:
-        first, second, *_ = found
+    folder_of = {_read_dataset(folder / "dataset.json"): folder for folder in _folders(shards)}
+    if len(folder_of) > 1:
+        first, second, *_ = folder_of.values()
         raise AnnotationError(f"{first} and {second} hold shards of different data sets; give those of one")
-    return next(iter(found.values()), None)
+    return next(iter(folder_of), None)
 
 
 def _folders(shards: Iterable[str | Path]) -> Iterator[Path]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from rlt_retrieval.data.failures import FailureLog
 from rlt_retrieval.data.files import make_folder, write_whole
@@ -22,19 +24,48 @@ from rlt_retrieval.data.shards import (
     shard_name,
     write_tar,
 )
-from rlt_retrieval.data.sources import SourceClip
+from rlt_retrieval.data.sources import Source, SourceClip
 from rlt_retrieval.data.video import cut_span
 from rlt_retrieval.data.workers import Failure, Item, WorkerPool
 from rlt_retrieval.errors import ShardError
 
+# Measured: 82 cuts of two seconds out of 19 public videos of 24 to 30 frames a second, mean of the videos (a
+# screen recording 5,000, sports 140,000). Footage of 50 or 60 frames a second may need up to twice as much.
+BYTES_PER_SECOND_AT_288 = 80_000
+
 
 @dataclass(frozen=True)
 class MakeReport:
-    """What `make_shards` left in its folder; `failures` are the clips left out (`shard` names the video)."""
+    """What `make_shards` left in its folder.
+
+    `failures`: the clips that could not be read (`shard` names the video); absent ones are not among them.
+    """
 
     shards: tuple[Path, ...]
     num_clips: int
     failures: tuple[BadSample, ...]
+
+
+def plan_shards(source: Source, *, samples_per_shard: int, short_side: int = 288) -> dict[str, Any]:
+    """What `make_shards` would do with a source. Hours and gigabytes (a rough guess) only where all spans are known."""
+    clips = source.clips
+    values = {**count_clips(source), "shards": math.ceil(len(clips) / samples_per_shard)}
+    seconds = sum(
+        math.inf if clip.end_seconds is None else clip.end_seconds - clip.start_seconds for clip in clips
+    )
+    if seconds < math.inf:
+        # as if bytes grew with the area of the picture
+        num_bytes = seconds * BYTES_PER_SECOND_AT_288 * (short_side / 288) ** 2
+        values |= {"hours": round(seconds / 3600, 2), "expected_gb": round(num_bytes / 1e9, 3)}
+    return values
+
+
+def count_clips(source: Source) -> dict[str, Any]:
+    """Clips, those with captions, and missing videos with the number of their clips where there are any."""
+    values = {"clips": len(source.clips), "captioned": sum(bool(clip.captions) for clip in source.clips)}
+    if source.absent:
+        values |= {"missing_videos": len(source.missing), "missing_clips": len(source.absent)}
+    return values
 
 
 def make_shards(
@@ -45,14 +76,16 @@ def make_shards(
     short_side: int = 288,
     num_workers: int,
     timeout_seconds: float,
+    absent: Sequence[SourceClip] = (),
+    dataset: Mapping[str, Any] = MappingProxyType({}),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> MakeReport:
     """Cut every clip out of its video in worker processes and write the shards; repeat the call to go on.
 
     Shard i holds source clips i·n … (i+1)·n − 1, so finished shards are kept when a killed run is repeated
     with the same clips, settings and files (`plan.json` tells). Clips that cannot be read are left out and
-    listed in `failures.jsonl`. `dataset.json` with the counts is written last. `on_progress(num_done,
-    num_clips)`.
+    listed in `failures.jsonl`, and so are `absent` ones, whose videos are not there. `dataset.json` is written
+    last: the counts, and what `dataset` says. `on_progress(num_done, num_clips)`.
 
     Raises:
         ShardError: no clip, two clips of one name, something else in the folder, no clip readable, disk full.
@@ -60,11 +93,14 @@ def make_shards(
     check_shard_size(samples_per_shard)
     folder = Path(out_dir)
     keys = [sanitize_key(clip.name) for clip in clips]
+    absent_keys = [sanitize_key(clip.name) for clip in absent]
     if not clips:
         raise ShardError(f"{folder}: no clip to make shards from; give a source with at least one")
-    check_keys(keys, set())
+    check_keys([*keys, *absent_keys], set())
     _claim_folder(folder, _plan(clips, samples_per_shard, short_side))
     log = FailureLog(folder / "failures.jsonl", max_bad_fraction=1.0)
+    for key, clip in zip(absent_keys, absent, strict=True):
+        log.bad(key, str(clip.video), "no such video")
     keyed = list(zip(keys, clips, strict=True))
     starts = range(0, len(keyed), samples_per_shard)
     parts = {folder / shard_name(n): keyed[i : i + samples_per_shard] for n, i in enumerate(starts)}
@@ -88,7 +124,8 @@ def make_shards(
                     on_progress(num_done, len(keyed))
             if samples:
                 write_tar(shard, samples)
-    return _finish(folder, [shard for shard in parts if shard.exists()], log.failures)
+    shards = [shard for shard in parts if shard.exists()]
+    return _finish(folder, shards, log.failures, set(absent_keys), dataset)
 
 
 def _cut_all(
@@ -110,7 +147,15 @@ def _cut(video: Path, start_seconds: float, end_seconds: float | None, short_sid
 
 
 def _clip_sample(key: str, clip: SourceClip, media: bytes) -> ShardSample:
-    return ShardSample(key, media, clip.captions, str(clip.video), clip.start_seconds, clip.end_seconds)
+    return ShardSample(
+        key=key,
+        media=media,
+        captions=clip.captions,
+        video_id=clip.video_id or str(clip.video),
+        start_seconds=clip.start_seconds,
+        end_seconds=clip.end_seconds,
+        classes=clip.classes,
+    )
 
 
 def _plan(clips: Sequence[SourceClip], samples_per_shard: int, short_side: int) -> bytes:
@@ -123,7 +168,9 @@ def _plan(clips: Sequence[SourceClip], samples_per_shard: int, short_side: int) 
         except OSError:
             file_identity = ()
         row = (str(clip.video), file_identity, clip.start_seconds, clip.end_seconds, clip.captions, clip.name)
-        digest.update(json.dumps(row).encode())
+        # only where a source has them: folders begun before clips had ids go on
+        ids = (clip.video_id, clip.classes) if clip.video_id or clip.classes else ()
+        digest.update(json.dumps(row + ids).encode())
     settings = {"num_clips": len(clips), "samples_per_shard": samples_per_shard, "short_side": short_side}
     return json.dumps({**settings, "clips_sha256": digest.hexdigest()}, indent=1).encode() + b"\n"
 
@@ -135,7 +182,8 @@ def _claim_folder(folder: Path, plan: bytes) -> None:
     if plan_file.exists():
         if plan_file.read_bytes() != plan:
             raise ShardError(
-                f"{folder}: holds shards of other clips or settings; choose an empty folder or delete it"
+                f"{folder}: holds shards of other clips or settings (or videos have come or changed since); "
+                "choose an empty folder, or delete this one to make all anew"
             )
         return
     leftover = f".{plan_file.name}.tmp"
@@ -146,7 +194,14 @@ def _claim_folder(folder: Path, plan: bytes) -> None:
     write_whole(plan_file, lambda file: file.write(plan))
 
 
-def _finish(folder: Path, shards: Sequence[Path], failures: Sequence[BadSample]) -> MakeReport:
+def _finish(
+    folder: Path,
+    shards: Sequence[Path],
+    failures: Sequence[BadSample],
+    absent_keys: Collection[str],
+    dataset: Mapping[str, Any],
+) -> MakeReport:
+    failures = [failure for failure in failures if failure.key not in absent_keys]
     written = {entry.key for shard in shards for entry in scan_shard(shard)}
     if not written:
         raise ShardError(
@@ -158,8 +213,9 @@ def _finish(folder: Path, shards: Sequence[Path], failures: Sequence[BadSample])
     counts = {
         "num_clips": len(written),
         "num_failures": len(failures),
+        **({"num_missing_clips": len(absent_keys)} if absent_keys else {}),
         "shards": [shard.name for shard in shards],
     }
-    text = json.dumps(counts, indent=1).encode() + b"\n"
+    text = json.dumps({**counts, **dataset}, indent=1).encode() + b"\n"
     write_whole(folder / "dataset.json", lambda file: file.write(text))
     return MakeReport(tuple(shards), len(written), failures)

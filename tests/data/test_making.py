@@ -1,15 +1,18 @@
 """Making shards: what is left out, going on after a stop, whose folder it is. Cutting is mostly a fake."""
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rlt_retrieval.annotations import Classes
 from rlt_retrieval.data import making
-from rlt_retrieval.data.making import MakeReport, make_shards
-from rlt_retrieval.data.shards import read_shard
-from rlt_retrieval.data.sources import SourceClip
+from rlt_retrieval.data.making import MakeReport, make_shards, plan_shards
+from rlt_retrieval.data.shards import ShardSample, read_shard
+from rlt_retrieval.data.sources import Source, SourceClip
 from rlt_retrieval.data.video import encode_mp4
 from rlt_retrieval.errors import ShardError
 
@@ -109,6 +112,63 @@ def test_make_refuses_other_clips_changed_files_and_foreign_folders(clips, tmp_p
         make([clips[0], clips[0]], tmp_path / "new")
     with pytest.raises(ShardError, match=r"none of the clips could be read \(first: .*bad\.mp4"):
         make([clips[3]], tmp_path / "new")
+
+
+def test_make_passes_ids_and_classes_on_and_lists_what_is_absent(clips, tmp_path):
+    marked = [
+        replace(clip, video_id=f"P01_{i}", classes=Classes(i, (i, 9))) for i, clip in enumerate(clips[:3])
+    ]
+    gone = [SourceClip(tmp_path / "gone.mp4", ("x",), f"gone {i}", video_id="P02_1") for i in (0, 1)]
+    settings = {"absent": gone, "dataset": {"format": "ek100", "missing_videos": {"P02_1": 2}}}
+    for _ in range(2):  # a repeat lists nothing twice
+        report = make([*marked, clips[3]], tmp_path / "out", **settings)
+        assert (report.num_clips, [failure.key for failure in report.failures]) == (3, ["bad~2emp4"])
+        lines = map(json.loads, (tmp_path / "out" / "failures.jsonl").read_text().splitlines())
+        assert [(line["key"], line["reason"]) for line in lines] == [
+            ("gone~200", "no such video"),
+            ("gone~201", "no such video"),
+            ("bad~2emp4", "ValueError: bad.mp4: no frame"),
+        ]
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text()) == {
+        "num_clips": 3,
+        "num_failures": 1,
+        "num_missing_clips": 2,
+        "shards": ["clips-000000.tar"],
+        **settings["dataset"],
+    }
+    samples = [sample for sample in read_shard(report.shards[0]) if isinstance(sample, ShardSample)]
+    assert [(s.video_id, s.classes) for s in samples] == [(c.video_id, c.classes) for c in marked]
+
+
+def test_a_video_that_came_since_is_never_mixed_in_silently(clips, tmp_path):
+    make(clips[:2], tmp_path / "out", absent=clips[2:3])
+    before = contents(tmp_path / "out")
+    with pytest.raises(ShardError, match=r"\(or videos have come or changed since\); choose an empty folder"):
+        make(clips[:3], tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    with pytest.raises(ShardError, match="given to two samples"):
+        make(clips[:2], tmp_path / "new", absent=clips[:1])
+
+
+def test_the_plan_of_plain_clips_is_what_it_always_was_and_ids_and_classes_change_it(tmp_path):
+    plain = SourceClip(tmp_path / "gone.mp4", ("x",), "a", 1.0, 2.5)
+    row = json.dumps((str(plain.video), (), 1.0, 2.5, ("x",), "a")).encode()
+    plans = {
+        making._plan([clip], 3, 32)
+        for clip in (plain, replace(plain, video_id="v"), replace(plain, classes=Classes(1, (2,))))
+    }
+    assert len(plans) == 3
+    assert hashlib.sha256(row).hexdigest().encode() in making._plan([plain], 3, 32)
+
+
+def test_plan_counts_hours_and_bytes_where_all_spans_are_known(tmp_path):
+    spans = [SourceClip(tmp_path / "a.mp4", ("x",), str(i), i, i + 1800.0) for i in range(5)]
+    source = Source(clips=spans[:4], absent=[replace(clip, video_id="P01") for clip in spans[4:]])
+    figures = {"clips": 4, "captioned": 4, "missing_videos": 1, "missing_clips": 1, "shards": 2}
+    assert plan_shards(source, samples_per_shard=3) == {**figures, "hours": 2.0, "expected_gb": 0.576}
+    assert plan_shards(source, samples_per_shard=3, short_side=144)["expected_gb"] == 0.144
+    whole = Source(clips=[*spans, SourceClip(tmp_path / "a.mp4", (), "whole")])
+    assert plan_shards(whole, samples_per_shard=6) == {"clips": 6, "captioned": 5, "shards": 1}
 
 
 def test_make_cuts_real_video_in_worker_processes(tmp_path):

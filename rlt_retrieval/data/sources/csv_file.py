@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import csv
-import math
-import os.path
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlt_retrieval.data.sources import SourceClip
+from rlt_retrieval.data.sources import Source
+from rlt_retrieval.data.sources.captioned import CaptionedClips, read_seconds
 from rlt_retrieval.errors import SourceError
 
-Span = tuple[str, float, float | None]  # video as written (normalised), start and end in seconds
 
-
-def read_csv(path: str | Path) -> list[SourceClip]:
+def read_csv(path: str | Path, videos_dir: str | Path | None = None) -> Source:
     """Clips of a UTF-8 CSV (a byte order mark is fine), in order of first mention.
 
-    Videos are relative to the CSV's folder. Rows with the same video and span are one clip with all their
-    captions. Other columns are ignored.
+    Videos are relative to the CSV's folder, where each must be, or to `videos_dir`, where some may be absent. Rows with
+    the same video and span are one clip with all their captions. Other columns are ignored.
 
     Raises:
         SourceError: with file and line: missing column, wrong number of cells, empty caption, bad number,
             end ≤ start, missing video file; or the file is missing, empty or no UTF-8 CSV.
     """
     path = Path(path)
-    captions_of: dict[Span, dict[str, None]] = {}  # a dict as an ordered set
+    clips = CaptionedClips(path, videos_dir)
     for where, row in _rows(path):
-        span = _read_span(path, where, row)
-        captions_of.setdefault(span, {}).update(dict.fromkeys(_read_captions(where, row)))
-    if not captions_of:
-        raise SourceError(f"{path}: no rows; give at least one line video,caption below the header")
-    return [
-        SourceClip(path.parent / video, tuple(captions), _name(video, start, end), start, end)
-        for (video, start, end), captions in captions_of.items()
-    ]
+        start = _cell_seconds(where, row, "start_seconds") or 0.0
+        end = _cell_seconds(where, row, "end_seconds")
+        clips.add(where, row["video"], start, end, _read_captions(where, row))
+    return clips.source()
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -70,34 +63,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         ) from error
 
 
-def _read_span(path: Path, where: str, row: dict[str, str]) -> Span:
-    if not row["video"]:
-        raise SourceError(f"{where}: no video; write its path relative to the CSV's folder")
-    video = os.path.normpath(row["video"])
-    if not (path.parent / video).is_file():
-        raise SourceError(
-            f"{where}: no such video {path.parent / video}; paths are relative to the CSV's folder"
-        )
-    start_seconds = _read_seconds(where, row, "start_seconds") or 0.0
-    end_seconds = _read_seconds(where, row, "end_seconds")
-    if end_seconds is not None and end_seconds <= start_seconds:
-        raise SourceError(
-            f"{where}: end_seconds {end_seconds:g} is not after start_seconds {start_seconds:g}"
-        )
-    return video, start_seconds, end_seconds
-
-
-def _read_seconds(where: str, row: dict[str, str], column: str) -> float | None:
+def _cell_seconds(where: str, row: dict[str, str], column: str) -> float | None:
     text = row.get(column)
-    if not text:
-        return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not math.isfinite(seconds) or seconds < 0:
-        raise SourceError(f"{where}: {column} is '{text}'; write seconds as a number, 0 or more")
-    return seconds
+    return read_seconds(where, column, text) if text else None
 
 
 def _read_captions(where: str, row: dict[str, str]) -> list[str]:
@@ -107,9 +75,3 @@ def _read_captions(where: str, row: dict[str, str]) -> list[str]:
         (name for name in row if re.fullmatch(r"caption_\d+", name)), key=lambda name: int(name[8:])
     )
     return [row["caption"], *(row[name] for name in further if row[name])]
-
-
-def _name(video: str, start_seconds: float, end_seconds: float | None) -> str:
-    if start_seconds == 0 and end_seconds is None:
-        return video
-    return f"{video}@{start_seconds}-{'end' if end_seconds is None else end_seconds}"
