@@ -27,9 +27,11 @@ from rlt_retrieval.errors import RetrievalError
 
 if TYPE_CHECKING:
     from rlt_retrieval.embed import LoaderOptions
+    from rlt_retrieval.eval.report_folder import Evaluated
     from rlt_retrieval.model import VideoTextModel
 
 EXIT_ERROR, EXIT_SKIPPED, EXIT_INTERRUPTED = 1, 3, 130  # click's own for wrong usage: 2
+SPLIT_FORMATS = ("ek100", "msrvtt")  # sources that are an official folder of annotations, with splits
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -96,10 +98,18 @@ def shards() -> None:
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(["auto", "folder", "csv"]),
+    type=click.Choice(["auto", "folder", "csv", "jsonl", *SPLIT_FORMATS]),
     default="auto",
     show_default=True,
     help="What SOURCE is.",
+)
+@click.option(
+    "--videos",
+    type=click.Path(path_type=Path),
+    help="Folder of the videos that SOURCE names; those that are not there are listed and left out.",
+)
+@click.option(
+    "--split", type=click.Choice(["train", "test"]), help="Of ek100 or msrvtt (Training-9k and 1k-A)."
 )
 @click.option(
     "--clips-per-shard", type=click.IntRange(1), default=256, show_default=True, help="Clips in one .tar."
@@ -114,6 +124,8 @@ def shards_make(
     source: Path,
     out_dir: Path,
     format_: Any,
+    videos: Path | None,
+    split: Any,
     clips_per_shard: int,
     short_side: int,
     workers: int | None,
@@ -123,24 +135,33 @@ def shards_make(
 ) -> None:
     """Cut captioned clips out of videos and write them as shards.
 
-    SOURCE is a folder of videos (captions in side files, video.txt beside video.mp4, one a line) or a CSV with
-    the columns video,caption[,start_seconds,end_seconds].
+    SOURCE is a folder of videos (captions in side files, video.txt beside video.mp4, one a line), a CSV with the
+    columns video,caption[,start_seconds,end_seconds], JSON lines {"video": …, "captions": [...]}, or the folder of
+    the official annotations of EPIC-KITCHENS-100 or MSR-VTT.
 
     \b
     rlt-retrieval shards make clips.csv shards/train
+    rlt-retrieval shards make clips.jsonl shards/test --videos my_videos
+    rlt-retrieval shards make annotations/ shards/test --format ek100 \\
+        --videos EPIC-KITCHENS --split test
     """
-    from rlt_retrieval.data.making import make_shards
+    from rlt_retrieval.data.making import count_clips, make_shards, plan_shards
     from rlt_retrieval.data.sources import read_source
 
-    clips = read_source(source, format_)
-    values = {"clips": len(clips), "captioned": sum(bool(clip.captions) for clip in clips)}
+    _check_source_options(source, format_, videos, split)
+    found = read_source(source, format_, videos_dir=videos, split=split)
+    for video, num_clips in found.missing.items():
+        say(f"missing {video}: {num_clips} {'clip' if num_clips == 1 else 'clips'}")
     if dry_run:
-        print_values({**values, "shards": -(-len(clips) // clips_per_shard)}, as_json)
+        sizes = {"samples_per_shard": clips_per_shard, "short_side": short_side}
+        print_values(plan_shards(found, **sizes), as_json)
         return
     with progress_bar("cutting clips") as on_progress:
         report = make_shards(
-            clips,
+            found.clips,
             out_dir,
+            absent=found.absent,
+            dataset=found.describe(),
             samples_per_shard=clips_per_shard,
             short_side=short_side,
             num_workers=_num_workers(workers),
@@ -149,9 +170,9 @@ def shards_make(
         )
     for failure in report.failures:
         say(f"skipped {failure.shard}: {failure.reason}")
-    values |= {"clips": report.num_clips, "shards": len(report.shards), "skipped": len(report.failures)}
-    print_values(values, as_json)
-    _exit(EXIT_SKIPPED if report.failures else 0)
+    values = {"clips": report.num_clips, "shards": len(report.shards), "skipped": len(report.failures)}
+    print_values({**count_clips(found), **values}, as_json)
+    _exit(EXIT_SKIPPED if report.failures or found.absent else 0)
 
 
 @cli.command()
@@ -305,11 +326,19 @@ def search(
 
 
 @cli.command("eval")
-@click.argument("sources", metavar="SHARDS...", nargs=-1, required=True)
+@click.argument("sources", metavar="[SHARDS]...", nargs=-1)
+@click.option("--model", "model_path", help="A trained model: a run folder, or its model folder.")
 @click.option(
-    "--model", "model_path", required=True, help="A trained model: a run folder, or its model folder."
+    "--protocol",
+    type=click.Choice(["ek100", "msrvtt", "captions"]),
+    help="[default: ek100 for shards made from it, else captions]",
 )
 @click.option("--reducer", type=click.Choice(["rlt", "none"]), help="Instead of the model's own.")
+@click.option(
+    "--query-bank",
+    type=click.Path(path_type=Path),
+    help="For a QB-norm row: a text file, one query a line, or the folder of the training shards. No test queries.",
+)
 @click.option(
     "--max-bad-fraction",
     type=click.FloatRange(0, 1),
@@ -317,41 +346,62 @@ def search(
     show_default=True,
     help="Give up when a larger share of the samples is bad.",
 )
+@click.option("--embeddings", type=click.Path(path_type=Path), help="An .npz instead of SHARDS and --model.")
+@click.option(
+    "--annotations", type=click.Path(path_type=Path), help="Official EK-100 annotations, for --embeddings."
+)
+@click.option("--split", type=click.Choice(["train", "test"]), help="Of --annotations. [default: test]")
+@click.option(
+    "--compare", type=click.Path(path_type=Path), help="A second .npz: prints the paired difference."
+)
+@click.option("--report", type=click.Path(path_type=Path), help="Folder for JSON, Markdown, HTML and plots.")
 @loader_options
 @device_option
 @json_option
 def evaluate(
     sources: tuple[str, ...],
-    model_path: str,
+    model_path: str | None,
+    protocol: Any,
     reducer: Any,
+    query_bank: Path | None,
     max_bad_fraction: float,
+    embeddings: Path | None,
+    annotations: Path | None,
+    split: Any,
+    compare: Path | None,
+    report: Path | None,
     workers: int | None,
     decode_timeout_seconds: float,
     device: str,
     as_json: bool,
 ) -> None:
-    """Score a model on captioned shards: recall, ranks, mAP and nDCG, both ways, by exact search.
+    """Score a model on shards, or the embeddings of any model: mAP, nDCG, recall, both ways, by exact search.
 
     \b
     rlt-retrieval eval shards/test --model runs/finetune
+    rlt-retrieval eval shards/ek100_test --model runs/ek100 --report reports/ek100
+    rlt-retrieval eval --embeddings theirs.npz --annotations annotations/
+
+    The .npz holds video_ids, video_embeddings, text_ids, text_embeddings (and maybe bank_embeddings); ids are narration
+    ids, in any order. Scores are inner products of the embeddings as they are: normalise them first where cosine
+    similarity is meant. A set with clips missing is scored on what is there, says "partial", and exits with 3.
     """
-    from dataclasses import replace
-
-    from rlt_retrieval.embed import evaluate_shards
     from rlt_retrieval.eval.report import metrics_table
-    from rlt_retrieval.model import VideoTextModel
 
-    model = VideoTextModel.load(model_path, device=device)
-    options = replace(_loader(workers, decode_timeout_seconds), max_bad_fraction=max_bad_fraction)
-    with progress_bar("embedding clips") as on_progress:
-        scored = evaluate_shards(
-            model.with_reducer(reducer) if reducer else model, sources, options, on_progress=on_progress
-        )
-    for failure in scored.skipped:
-        say(f"skipped {failure.key} in {failure.shard}: {failure.reason}")
-    values = scored.to_dict()
-    print(json.dumps(values, indent=2) if as_json else metrics_table({Path(model_path).name: values}))
-    _exit(EXIT_SKIPPED if scored.skipped else 0)
+    if embeddings:
+        model_only = {"SHARDS": sources, "--model": model_path, "--protocol": protocol, "--reducer": reducer}
+        _refuse("--embeddings", {**model_only, "--query-bank": query_bank})
+        run = _evaluate_file(embeddings, annotations, split or "test", compare)
+    else:
+        _refuse("SHARDS", {"--annotations": annotations, "--split": split, "--compare": compare})
+        loader = _loader(workers, decode_timeout_seconds, max_bad_fraction)
+        run = _evaluate_model(sources, model_path, protocol, reducer, query_bank, loader, device)
+    if report:
+        from rlt_retrieval.eval.report_folder import write_report_folder
+
+        write_report_folder(report, run)
+    print(json.dumps(run.values, indent=2) if as_json else metrics_table({run.name: run.values}))
+    _exit(EXIT_SKIPPED if run.values.get("skipped") or run.scored.is_partial else 0)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -393,6 +443,15 @@ def _report(message: str, code: int, debug: bool) -> int:
     return code
 
 
+def _check_source_options(source: Path, format_: str, videos: Path | None, split: str | None) -> None:
+    if format_ in SPLIT_FORMATS and (videos is None or split is None):
+        raise click.UsageError(f"--format {format_} needs --videos DIR and --split train or test")
+    if split and format_ not in SPLIT_FORMATS:
+        raise click.UsageError(f"--split goes with --format {' or '.join(SPLIT_FORMATS)}")
+    if videos and (format_ == "folder" or (format_ == "auto" and source.is_dir())):
+        raise click.UsageError("--videos does not go with a folder of videos; a data set needs --format")
+
+
 def _model_maker(
     model_path: str | None,
     backbone: str | None,
@@ -424,10 +483,70 @@ def _model_maker(
     return make
 
 
-def _loader(workers: int | None, decode_timeout_seconds: float) -> LoaderOptions:
+def _evaluate_model(
+    sources: Sequence[str],
+    model_path: str | None,
+    protocol: Any,
+    reducer: Any,
+    query_bank: Path | None,
+    loader: LoaderOptions,
+    device: str,
+) -> Evaluated:
+    if not sources or not model_path:
+        raise click.UsageError("give SHARDS and --model, or --embeddings and --annotations")
+    from dataclasses import replace
+
+    from rlt_retrieval.embed import embed_texts, evaluate_shards, middle_frames
+    from rlt_retrieval.eval.report_folder import Evaluated
+    from rlt_retrieval.eval.scored import read_query_bank, with_extra_rows
+    from rlt_retrieval.model import VideoTextModel
+    from rlt_retrieval.viz import thumbnail_png
+
+    queries = read_query_bank(query_bank) if query_bank else None
+    model = VideoTextModel.load(model_path, device=device)
+    model = model.with_reducer(reducer) if reducer else model
+    with progress_bar("embedding clips") as on_progress:
+        scores = evaluate_shards(model, sources, loader, protocol=protocol, on_progress=on_progress)
+    for failure in scores.skipped:
+        say(f"skipped {failure.key} in {failure.shard}: {failure.reason}")
+    z_bank = embed_texts(model, queries) if queries else None
+    scores = replace(scores, scored=with_extra_rows(replace(scores.scored, z_bank_BD=z_bank)))
+    return Evaluated(
+        Path(model_path).name,
+        scores.scored,
+        scores.to_dict(),
+        kept_share_V=scores.embeddings.kept_tokens / scores.embeddings.all_tokens,
+        pictures=lambda rows: [thumbnail_png(frames) for frames in middle_frames(scores.embeddings, rows)],
+    )
+
+
+def _evaluate_file(path: Path, annotations: Path | None, split: Any, compare: Path | None) -> Evaluated:
+    if annotations is None:
+        raise click.UsageError("--embeddings needs --annotations: the folder of the official CSVs")
+    from rlt_retrieval.eval.report_folder import Evaluated
+    from rlt_retrieval.eval.scored import comparison, score_embedding_file, with_extra_rows
+
+    scored = with_extra_rows(score_embedding_file(path, annotations, split))
+    values = scored.to_dict()
+    if compare:
+        other = score_embedding_file(compare, annotations, split)
+        values["comparison"] = comparison(scored, str(compare), other)
+    return Evaluated(str(path), scored, values)
+
+
+def _refuse(chosen: str, excluded: dict[str, Any]) -> None:
+    """Wrong usage: options that mean nothing beside the chosen one."""
+    given = [name for name, value in excluded.items() if value]
+    if given:
+        raise click.UsageError(f"{chosen} excludes {', '.join(given)}")
+
+
+def _loader(
+    workers: int | None, decode_timeout_seconds: float, max_bad_fraction: float = 0.1
+) -> LoaderOptions:
     from rlt_retrieval.embed import LoaderOptions
 
-    return LoaderOptions(_num_workers(workers), decode_timeout_seconds)
+    return LoaderOptions(_num_workers(workers), decode_timeout_seconds, max_bad_fraction)
 
 
 def _num_workers(workers: int | None) -> int:

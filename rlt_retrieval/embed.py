@@ -8,27 +8,34 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
+from rlt_retrieval.annotations import Classes, Ek100Dataset, read_dataset
 from rlt_retrieval.config import default_num_workers, num_cores
 from rlt_retrieval.data.batching import batches_by_budget
 from rlt_retrieval.data.failures import FailureLog
 from rlt_retrieval.data.loading import Sampling, TokenizedClip, iter_eval_clips, prefetch
-from rlt_retrieval.data.shards import BadSample, expand_shards
+from rlt_retrieval.data.shards import BadSample, ShardSample, expand_shards, load_sample, scan_shard
+from rlt_retrieval.data.video import FrameTransform, decode_clip
 from rlt_retrieval.data.workers import WorkerPool
 from rlt_retrieval.encoders.packing import VideoTokens, pack
 from rlt_retrieval.errors import ShardError
-from rlt_retrieval.eval.protocols import ProtocolResult, captions_protocol
+from rlt_retrieval.eval import scored as scoring
+from rlt_retrieval.eval.ek100 import Ek100Result
+from rlt_retrieval.eval.protocols import ProtocolResult
+from rlt_retrieval.eval.scored import Protocol, Scored
 from rlt_retrieval.model import VideoTextModel
 
 Label = TypeVar("Label")
 TEXT_BATCH = 256
 PREFETCHED_CLIPS = 16
+# Any aspect whole on one small picture, with bars where it is not 16:9.
+THUMBNAIL = FrameTransform(90, 160, resize_mode="longest")
 
 
 @dataclass(frozen=True)
@@ -45,15 +52,31 @@ class LoaderOptions:
 class ShardEmbeddings:
     """Clips of an evaluation set in reading order.
 
-    z_ND: float32, unit norm; captions: at least one text a clip; kept_tokens, all_tokens: int64 [N], tokens that
-    went into the encoder and tokens of the whole grid.
+    shards: where each clip was read; captions: at least one text a clip; classes: None where a sample has none;
+    z_ND: float32, unit norm; kept_tokens, all_tokens: int64 [N], tokens that went into the encoder and tokens of the
+    whole grid.
     """
 
     keys: list[str]
+    shards: list[str]
     captions: list[tuple[str, ...]]
+    classes: list[Classes | None]
     z_ND: np.ndarray
     kept_tokens: np.ndarray
     all_tokens: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: Sequence[ShardEmbeddings]) -> ShardEmbeddings:
+        """The shares of all ranks as one set."""
+        return cls(
+            keys=[key for part in parts for key in part.keys],
+            shards=[shard for part in parts for shard in part.shards],
+            captions=[texts for part in parts for texts in part.captions],
+            classes=[classes for part in parts for classes in part.classes],
+            z_ND=np.concatenate([part.z_ND for part in parts]),
+            kept_tokens=np.concatenate([part.kept_tokens for part in parts]),
+            all_tokens=np.concatenate([part.all_tokens for part in parts]),
+        )
 
     @property
     def keep_ratio(self) -> float:
@@ -107,7 +130,7 @@ def embed_shards(
         ShardError: more than `max_bad_fraction` of the samples are bad.
     """
     failures = failures or FailureLog(None, options.max_bad_fraction)
-    captions: list[tuple[str, ...]] = []
+    samples: list[ShardSample] = []
     counts: list[tuple[int, int]] = []
 
     def labelled(pool: WorkerPool) -> Generator[tuple[str, VideoTokens], None, None]:
@@ -115,7 +138,7 @@ def embed_shards(
             shards, model_sampling(model), pool, failures, rank=rank, world_size=world_size
         )
         for sample, clip in prefetch(clips, PREFETCHED_CLIPS):
-            captions.append(sample.captions)
+            samples.append(replace(sample, media=b""))  # what is needed later, not the video
             counts.append(_token_counts(clip))
             on_progress(len(counts))
             yield sample.key, clip.tokens
@@ -128,21 +151,33 @@ def embed_shards(
         embedded = [pair for batch in batches for pair in batch]
     z_ND = np.array([z for _, z in embedded], np.float32).reshape(len(embedded), model.dimension)
     kept_all = np.array(counts, np.int64).reshape(-1, 2)
-    return ShardEmbeddings([key for key, _ in embedded], captions, z_ND, kept_all[:, 0], kept_all[:, 1])
+    return ShardEmbeddings(
+        keys=[sample.key for sample in samples],
+        shards=[sample.shard for sample in samples],
+        captions=[sample.captions for sample in samples],
+        classes=[sample.classes for sample in samples],
+        z_ND=z_ND,
+        kept_tokens=kept_all[:, 0],
+        all_tokens=kept_all[:, 1],
+    )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ShardScores:
     """Result of `evaluate_shards`: the protocol's numbers, share of tokens kept, samples left out."""
 
-    result: ProtocolResult
+    scored: Scored
     embeddings: ShardEmbeddings
     skipped: list[BadSample]
 
+    @property
+    def result(self) -> ProtocolResult | Ek100Result:
+        return self.scored.result
+
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the protocol's keys, keep_ratio and skipped (how many)."""
+        """For JSON: the keys of `Scored`, keep_ratio and skipped (how many)."""
         return {
-            **self.result.to_dict(),
+            **self.scored.to_dict(),
             "keep_ratio": self.embeddings.keep_ratio,
             "skipped": len(self.skipped),
         }
@@ -153,31 +188,89 @@ def evaluate_shards(
     sources: Sequence[str | Path],
     options: LoaderOptions,
     *,
+    protocol: Protocol | None = None,
     on_progress: Callable[[int], None] = lambda num_clips: None,
 ) -> ShardScores:
-    """The captions protocol on shards, by exact search: every caption against every clip.
+    """A protocol on shards, by exact search: every text against every clip.
+
+    protocol: None takes "ek100" for shards that `dataset.json` says are of EPIC-KITCHENS-100, else "captions".
 
     Raises:
-        ShardError: no shard, no good sample, or more than `max_bad_fraction` of the samples are bad.
+        ShardError: no shard, no good sample, more than `max_bad_fraction` of the samples bad; "ek100" for shards
+            without sentences or clips without classes.
+        AnnotationError: a damaged dataset.json, shards of different data sets.
     """
+    shards = expand_shards(sources)
+    dataset = _dataset(shards, protocol)
     failures = FailureLog(None, options.max_bad_fraction)
     share_cores(options.num_workers, model.device)
-    embedded = embed_shards(
-        model, expand_shards(sources), options, failures=failures, on_progress=on_progress
-    )
+    embedded = embed_shards(model, shards, options, failures=failures, on_progress=on_progress)
     if not embedded.keys:
         reasons = "; ".join(f"{bad.key}: {bad.reason}" for bad in failures.failures[:1]) or "it is empty"
         raise ShardError(f"{sources[0]}: no good sample to score ({reasons}); mend the shards or give others")
-    return ShardScores(score_captions(model, embedded.z_ND, embedded.captions), embedded, failures.failures)
+    if dataset:
+        scored = _score_ek100(model, embedded, dataset)
+    else:
+        scored = _score_captions(model, embedded, "msrvtt" if protocol == "msrvtt" else "captions")
+    return ShardScores(scored, embedded, failures.failures)
 
 
-def score_captions(
-    model: VideoTextModel, z_ND: np.ndarray, captions: Sequence[tuple[str, ...]]
-) -> ProtocolResult:
-    """The captions protocol for embedded clips and their texts."""
-    texts = [text for clip in captions for text in clip]
-    video_of_text_Q = np.repeat(np.arange(len(captions)), [len(clip) for clip in captions])
-    return captions_protocol(z_ND, embed_texts(model, texts), video_of_text_Q, texts)
+def score(
+    model: VideoTextModel, embedded: ShardEmbeddings, dataset: Ek100Dataset | None
+) -> ProtocolResult | Ek100Result:
+    """Embedded clips by the EPIC-KITCHENS-100 protocol where there is a data set, else by their captions.
+
+    Raises:
+        ShardError: a data set, and a clip without classes.
+    """
+    if dataset:
+        return _score_ek100(model, embedded, dataset).result
+    return _score_captions(model, embedded, "captions").result
+
+
+def middle_frames(embedded: ShardEmbeddings, rows: Sequence[int]) -> list[np.ndarray]:
+    """The middle frame of some embedded clips, small: uint8 [1, 3, 90, 160] for each row."""
+    wanted = {(embedded.shards[row], embedded.keys[row]) for row in rows}
+    frames: dict[tuple[str, str], np.ndarray] = {}
+    for shard in dict.fromkeys(shard for shard, _ in wanted):
+        for entry in scan_shard(Path(shard)):
+            if (shard, entry.key) in wanted and isinstance(sample := load_sample(entry), ShardSample):
+                clip = decode_clip(sample.media, num_frames=1, transform=THUMBNAIL)
+                frames[shard, entry.key] = clip.frames_TCHW.numpy()
+    return [frames[embedded.shards[row], embedded.keys[row]] for row in rows]
+
+
+def _dataset(shards: Sequence[Path], protocol: Protocol | None) -> Ek100Dataset | None:
+    """What the protocol needs beside the shards."""
+    if protocol in ("msrvtt", "captions"):
+        return None
+    dataset = read_dataset(shards)
+    if protocol == "ek100" and dataset is None:
+        raise ShardError(
+            f"{shards[0].parent}: no sentences beside these shards (dataset.json); make them with "
+            "`rlt-retrieval shards make … --format ek100`, or use --protocol captions"
+        )
+    return dataset
+
+
+def _score_ek100(model: VideoTextModel, embedded: ShardEmbeddings, dataset: Ek100Dataset) -> Scored:
+    classes = [c for c in embedded.classes if c is not None]
+    if len(classes) < len(embedded.classes):
+        row = embedded.classes.index(None)
+        raise ShardError(
+            f"{embedded.keys[row]} in {embedded.shards[row]}: no verb and noun classes; make the shards again with "
+            "`rlt-retrieval shards make … --format ek100`"
+        )
+    z_text_SD = embed_texts(model, [sentence.text for sentence in dataset.sentences])
+    narrations = [captions[0] for captions in embedded.captions]
+    return scoring.score_ek100(embedded.z_ND, embedded.keys, classes, narrations, z_text_SD, dataset)
+
+
+def _score_captions(
+    model: VideoTextModel, embedded: ShardEmbeddings, protocol: Literal["msrvtt", "captions"]
+) -> Scored:
+    z_text_QD = embed_texts(model, [text for clip in embedded.captions for text in clip])
+    return scoring.score_captions(protocol, embedded.z_ND, embedded.keys, embedded.captions, z_text_QD)
 
 
 def _token_counts(clip: TokenizedClip) -> tuple[int, int]:

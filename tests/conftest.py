@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from hypothesis import settings
+from small_videos import tiny_mp4
 
 if TYPE_CHECKING:
     from rlt_retrieval.model import VideoTextModel
@@ -62,15 +63,6 @@ def tiny_model_path(tiny_model: "VideoTextModel", tmp_path_factory: pytest.TempP
     path = tmp_path_factory.mktemp("tiny") / "model"
     tiny_model.save(path)
     return path
-
-
-def tiny_mp4(seconds: float = 1.0, *, fps: int = 8, size: int = 32, seed: int = 0) -> bytes:
-    """Blocks of random colours, drawn anew for every frame, so that most patches are kept."""
-    from rlt_retrieval.data.video import encode_mp4
-
-    shape = (round(seconds * fps), size // 8, size // 8, 3)
-    blocks = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-    return encode_mp4(blocks.repeat(8, axis=1).repeat(8, axis=2), fps=fps)
 
 
 @pytest.fixture(scope="session")

@@ -8,15 +8,23 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_ek100 import made_classes, write_ek100_copy
 
+from rlt_retrieval.annotations import read_dataset
 from rlt_retrieval.data.failures import FailureLog
+from rlt_retrieval.data.shards import ShardSample, expand_shards, read_shard
+from rlt_retrieval.data.video import decode_clip
 from rlt_retrieval.embed import (
     TEXT_BATCH,
+    THUMBNAIL,
     LoaderOptions,
+    ShardEmbeddings,
     embed_clips,
     embed_shards,
     embed_texts,
     evaluate_shards,
+    middle_frames,
+    score,
     share_cores,
 )
 from rlt_retrieval.encoders.packing import VideoTokens
@@ -100,6 +108,8 @@ def test_shards_come_out_in_order_with_captions_and_token_counts(
     embedded = embed_shards(tiny_model, shards, HERE, failures=failures, on_progress=progress.append)
     assert embedded.keys == ["clip-00", "clip-01", "clip-02", "clip-04"]
     assert embedded.captions == [(text,) for text in CAPTIONS if text]
+    assert embedded.shards == [str(shards[0])] * 2 + [str(shards[1]), str(shards[2])]
+    assert embedded.classes == [None] * 4
     assert [(failure.key, failure.reason.split(";")[0]) for failure in failures.failures] == [
         ("clip-03", "no caption")
     ]
@@ -154,6 +164,51 @@ def test_too_many_bad_samples_or_none_good_are_refused(
     tiny_shards(tmp_path / "none", ["", ""])
     with pytest.raises(ShardError, match=r"none: no good sample to score .clip-00: no caption"):
         evaluate_shards(tiny_model, [tmp_path / "none"], LoaderOptions(num_workers=0, max_bad_fraction=1))
+
+
+def test_a_training_run_scores_what_its_ranks_embedded_by_the_protocol_of_the_data(
+    tiny_model: VideoTextModel, tiny_shards: TinyShards, tmp_path: Path
+) -> None:
+    plain = tiny_shards(tmp_path / "plain", ["one", "two", "three", "one"], samples_per_shard=3)
+    folder = write_ek100_copy(tmp_path / "plain", tmp_path / "ek100")
+    shards = expand_shards([folder])
+    dataset = read_dataset(shards)
+    assert dataset is not None
+    parts = [embed_shards(tiny_model, shards, HERE, rank=rank, world_size=3) for rank in range(3)]
+    embedded = ShardEmbeddings.joined(parts)
+    assert sorted(embedded.keys) == ["clip-00", "clip-01", "clip-02", "clip-03"]
+    for key, classes in zip(embedded.keys, embedded.classes, strict=True):
+        assert classes == made_classes(int(key[-2:]))
+    values, alone = (
+        score(tiny_model, embedded, dataset).to_dict(),
+        evaluate_shards(tiny_model, [folder], HERE),
+    )
+    assert values["num_texts"] == len(dataset.sentences)
+    for metric in ("mAP", "nDCG"):
+        assert values["mean"][metric] == pytest.approx(alone.to_dict()["mean"][metric])
+    captions = score(tiny_model, embed_shards(tiny_model, plain, HERE), None)
+    assert captions == evaluate_shards(tiny_model, plain, HERE).result
+
+
+def test_thumbnails_are_the_middle_frames_of_the_clips_asked_for(
+    tiny_model: VideoTextModel, tiny_shards: TinyShards, tmp_path: Path
+) -> None:
+    """Two shards that use the same keys: the right one is opened."""
+    shards = [
+        *tiny_shards(tmp_path / "a", ["one", "two", "three"], samples_per_shard=2),
+        *tiny_shards(tmp_path / "b", ["", "other"]),
+    ]
+    embedded = embed_shards(tiny_model, shards, LoaderOptions(num_workers=0, max_bad_fraction=0.5))
+    media = {
+        (s.shard, s.key): s.media for shard in shards for s in read_shard(shard) if isinstance(s, ShardSample)
+    }
+    rows = [3, 0, 2, 0]
+    for row, frames in zip(rows, middle_frames(embedded, rows), strict=True):
+        clip = media[embedded.shards[row], embedded.keys[row]]
+        expected = decode_clip(clip, num_frames=1, transform=THUMBNAIL).frames_TCHW
+        assert frames.shape == (1, 3, 90, 160)
+        np.testing.assert_array_equal(frames, expected)
+    assert middle_frames(embedded, []) == []
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, 3), ("2", None)])

@@ -12,7 +12,7 @@ Shapes: V videos, T texts; where rows are the queries of one direction, Q querie
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,13 +27,19 @@ PAIRS_PER_CHUNK = 1_000_000
 
 @dataclass(frozen=True)
 class DirectionScores:
-    """One metric in both directions, their plain mean, and how many queries had nothing to find."""
+    """One metric in both directions and their plain mean; how many queries had nothing to find, or a tie.
+
+    tied: queries, of those counted, where items of equal score have different relevancies, so that the rule for ties
+    decides their order.
+    """
 
     video_to_text: float
     text_to_video: float
     mean: float
     video_to_text_left_out: int
     text_to_video_left_out: int
+    video_to_text_tied: int
+    text_to_video_tied: int
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,10 @@ class Evaluation:
     ndcg: DirectionScores
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: both directions with mAP, nDCG and their left_out counts, and their "mean"."""
+        """For JSON: both directions with mAP, nDCG, their left_out counts and "tied", and their "mean".
+
+        "tied" counts queries with anything to find, that is, those that nDCG counts.
+        """
         result: dict[str, Any] = {}
         for direction in ("text_to_video", "video_to_text", "mean"):
             named = {"mAP": self.mean_average_precision, "nDCG": self.ndcg}
@@ -53,8 +62,16 @@ class Evaluation:
                 left_out = {
                     f"{name}_left_out": getattr(s, f"{direction}_left_out") for name, s in named.items()
                 }
-                result[direction] |= left_out
+                result[direction] |= {**left_out, "tied": getattr(self.ndcg, f"{direction}_tied")}
         return result
+
+
+class QueryScores(NamedTuple):
+    """Scores of every query of one direction, [Q] each: float64, NaN where the query is left out; bool."""
+
+    average_precision: NDArray[np.float64]
+    ndcg: NDArray[np.float64]
+    tied: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -89,8 +106,7 @@ def mean_average_precision(similarity_VT: ArrayLike, relevancy_VT: ArrayLike) ->
     no pair of relevancy 1.
     """
     similarity, relevancy = _checked(similarity_VT, relevancy_VT)
-    (v2t, _), (t2v, _) = query_scores(similarity, relevancy), query_scores(similarity.T, relevancy.T)
-    return _directions("mAP", v2t, t2v)
+    return _average(query_scores(similarity, relevancy), query_scores(similarity.T, relevancy.T), "mAP")
 
 
 def ndcg(similarity_VT: ArrayLike, relevancy_VT: ArrayLike) -> DirectionScores:
@@ -103,16 +119,26 @@ def ndcg(similarity_VT: ArrayLike, relevancy_VT: ArrayLike) -> DirectionScores:
     Arguments and errors as `mean_average_precision`; there must be a pair of relevancy > 0.
     """
     similarity, relevancy = _checked(similarity_VT, relevancy_VT)
-    (_, v2t), (_, t2v) = query_scores(similarity, relevancy), query_scores(similarity.T, relevancy.T)
-    return _directions("nDCG", v2t, t2v)
+    return _average(query_scores(similarity, relevancy), query_scores(similarity.T, relevancy.T), "nDCG")
 
 
 def evaluate(similarity_VT: ArrayLike, relevancy_VT: ArrayLike) -> Evaluation:
     """`mean_average_precision` and `ndcg` from one ranking a direction. Arguments and errors as those."""
+    return average(*evaluate_queries(similarity_VT, relevancy_VT))
+
+
+def evaluate_queries(similarity_VT: ArrayLike, relevancy_VT: ArrayLike) -> tuple[QueryScores, QueryScores]:
+    """What `evaluate` averages: the scores of every video as a query, and of every text. Arguments as there."""
     similarity, relevancy = _checked(similarity_VT, relevancy_VT)
-    ap_V, ndcg_V = query_scores(similarity, relevancy)
-    ap_T, ndcg_T = query_scores(similarity.T, relevancy.T)
-    return Evaluation(_directions("mAP", ap_V, ap_T), _directions("nDCG", ndcg_V, ndcg_T))
+    return query_scores(similarity, relevancy), query_scores(similarity.T, relevancy.T)
+
+
+def average(video_queries: QueryScores, text_queries: QueryScores) -> Evaluation:
+    """The means over the queries of each direction that have something to find, and the mean of these two.
+
+    Raises MetricsError: no query has.
+    """
+    return Evaluation(*(_average(video_queries, text_queries, name) for name in ("mAP", "nDCG")))
 
 
 def recall_at_k(
@@ -136,18 +162,19 @@ def recall_at_k(
     return RecallScores(_rank_scores(similarity, positive, ks), _rank_scores(similarity.T, positive.T, ks))
 
 
-def query_scores(
-    similarity_QN: FloatArray, relevancy_QN: NDArray[Any]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """AP and nDCG of every row as a query, float64 [Q] each; NaN where the query is left out.
+def query_scores(similarity_QN: FloatArray, relevancy_QN: NDArray[Any]) -> QueryScores:
+    """AP, nDCG and ties of every row as a query.
 
     Ranks once, a chunk of rows at a time. Arguments are not checked.
     """
-    ap_Q, ndcg_Q = np.empty(len(similarity_QN)), np.empty(len(similarity_QN))
+    num_queries = len(similarity_QN)
+    scores = QueryScores(np.empty(num_queries), np.empty(num_queries), np.zeros(num_queries, dtype=bool))
     for rows, scores_QN, relevant_QN in _chunks(similarity_QN, relevancy_QN):
-        ranked_QN = _ranked_relevancies(scores_QN, relevant_QN.astype(np.float64, copy=False))
-        ap_Q[rows], ndcg_Q[rows] = _average_precision(ranked_QN), _ndcg(ranked_QN)
-    return ap_Q, ndcg_Q
+        ranked_QN, scores.tied[rows] = _ranked_relevancies(
+            scores_QN, relevant_QN.astype(np.float64, copy=False)
+        )
+        scores.average_precision[rows], scores.ndcg[rows] = _average_precision(ranked_QN), _ndcg(ranked_QN)
+    return scores
 
 
 def _chunks(
@@ -160,15 +187,18 @@ def _chunks(
         yield rows, np.ascontiguousarray(similarity_QN[rows]), np.ascontiguousarray(relevant_QN[rows])
 
 
-def _ranked_relevancies(scores_QN: FloatArray, relevancy_QN: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Relevancies in rank order, ties against the query."""
+def _ranked_relevancies(
+    scores_QN: FloatArray, relevancy_QN: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Relevancies in rank order, ties against the query; for every query whether a tie decided anything."""
     order_QN = np.argsort(-scores_QN, axis=1)
     ranked_scores_QN = np.take_along_axis(scores_QN, order_QN, axis=1)
     ranked_QN = np.take_along_axis(relevancy_QN, order_QN, axis=1)
     same_as_before = ranked_scores_QN[:, 1:] == ranked_scores_QN[:, :-1]
-    if same_as_before.any():
-        _sort_within_ties(ranked_QN, same_as_before)
-    return ranked_QN
+    if not same_as_before.any():
+        return ranked_QN, np.zeros(len(ranked_QN), dtype=bool)
+    _sort_within_ties(ranked_QN, same_as_before)
+    return ranked_QN, (same_as_before & (ranked_QN[:, 1:] != ranked_QN[:, :-1])).any(axis=1)
 
 
 def _sort_within_ties(ranked_QN: NDArray[np.float64], same_as_before: NDArray[np.bool_]) -> None:
@@ -213,15 +243,26 @@ def _divide(numerator_Q: NDArray[Any], denominator_Q: NDArray[Any]) -> NDArray[n
     )
 
 
-def _directions(name: str, v2t_V: NDArray[np.float64], t2v_T: NDArray[np.float64]) -> DirectionScores:
-    left_out_V, left_out_T = np.isnan(v2t_V), np.isnan(t2v_T)
-    if left_out_V.all():
+def _average(
+    video_queries: QueryScores, text_queries: QueryScores, name: Literal["mAP", "nDCG"]
+) -> DirectionScores:
+    v2t_V, t2v_T = (q.average_precision if name == "mAP" else q.ndcg for q in (video_queries, text_queries))
+    counted_V, counted_T = ~np.isnan(v2t_V), ~np.isnan(t2v_T)
+    if not counted_V.any():
         needed = "1" if name == "mAP" else "> 0"
         raise MetricsError(
             f"{name}: no pair has relevancy {needed}, so there is nothing to find; check the relevancies"
         )
-    v2t, t2v = float(v2t_V[~left_out_V].mean()), float(t2v_T[~left_out_T].mean())
-    return DirectionScores(v2t, t2v, (v2t + t2v) / 2, int(left_out_V.sum()), int(left_out_T.sum()))
+    v2t, t2v = float(v2t_V[counted_V].mean()), float(t2v_T[counted_T].mean())
+    return DirectionScores(
+        video_to_text=v2t,
+        text_to_video=t2v,
+        mean=(v2t + t2v) / 2,
+        video_to_text_left_out=int((~counted_V).sum()),
+        text_to_video_left_out=int((~counted_T).sum()),
+        video_to_text_tied=int((video_queries.tied & counted_V).sum()),
+        text_to_video_tied=int((text_queries.tied & counted_T).sum()),
+    )
 
 
 def _rank_scores(similarity_QN: FloatArray, positive_QN: NDArray[np.bool_], ks: Sequence[int]) -> RankScores:

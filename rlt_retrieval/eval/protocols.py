@@ -16,6 +16,14 @@ from rlt_retrieval.eval.metrics import RankScores, evaluate, recall_at_k
 ROWS_PER_PRODUCT = 1024
 
 
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """What is ranked, both [videos, texts]. similarity: float32; relevancy: float64 in [0, 1], or bool."""
+
+    similarity: NDArray[np.float32]
+    relevancy: NDArray[Any]
+
+
 @dataclass(frozen=True)
 class DirectionResult:
     """All numbers of one direction; `ranks` also counts its queries, those left out and those tied."""
@@ -80,14 +88,25 @@ def captions_protocol(
     Raises MetricsError: shapes or rows that do not fit, nothing to rank, NaN (naming the row).
     """
     videos, queries = np.asarray(video_embeddings_ND), np.asarray(text_embeddings_QD)
-    video_of_text = np.asarray(video_of_text_Q)
-    _check_embeddings(videos, queries)
-    _check_pairing(video_of_text, len(videos), len(queries), texts)
-    first_Q, text_of_caption = _merged(texts, len(queries))
-    positive_NQ = np.zeros((len(videos), len(first_Q)), dtype=bool)
-    positive_NQ[video_of_text, text_of_caption] = True
-    similarity_NQ = _inner_products(videos, queries[first_Q])
-    return similarity_protocol(similarity_NQ, positive_NQ, num_merged_texts=len(queries) - len(first_Q))
+    pairs, first_Q = caption_pairs(videos, queries, np.asarray(video_of_text_Q), texts)
+    return similarity_protocol(
+        pairs.similarity, pairs.relevancy, num_merged_texts=len(queries) - len(first_Q)
+    )
+
+
+def caption_pairs(
+    videos_ND: NDArray[Any],
+    captions_QD: NDArray[Any],
+    video_of_caption_Q: NDArray[Any],
+    texts: Sequence[str] | None = None,
+) -> tuple[Pairs, list[int]]:
+    """What `captions_protocol` ranks, right pairs True; and for each text ranked the caption where it first occurs."""
+    check_embeddings(videos_ND, captions_QD)
+    _check_pairing(video_of_caption_Q, len(videos_ND), len(captions_QD), texts)
+    first, text_of_caption = _merged(texts, len(captions_QD))
+    positive_NT = np.zeros((len(videos_ND), len(first)), dtype=bool)
+    positive_NT[video_of_caption_Q, text_of_caption] = True
+    return Pairs(inner_products(videos_ND, captions_QD[first]), positive_NT), first
 
 
 def similarity_protocol(
@@ -135,7 +154,7 @@ def choice_accuracy(z_ND: ArrayLike, choices_NCD: ArrayLike, right_N: ArrayLike)
     return float((right_scores_N > scores_NC.max(axis=1)).mean())
 
 
-def _inner_products(videos_ND: NDArray[Any], texts_QD: NDArray[Any]) -> NDArray[np.float32]:
+def inner_products(videos_ND: NDArray[Any], texts_QD: NDArray[Any]) -> NDArray[np.float32]:
     """Inner products summed in float64, given in float32 as the index gives them.
 
     A float32 matrix product may round equal inner products differently from block to block; summed in float64
@@ -162,7 +181,7 @@ def _merged(texts: Sequence[str] | None, num_captions: int) -> tuple[list[int], 
     return first, [number_of[text] for text in texts]
 
 
-def _check_embeddings(videos: NDArray[Any], texts: NDArray[Any]) -> None:
+def check_embeddings(videos: NDArray[Any], texts: NDArray[Any]) -> None:
     if (
         videos.ndim != 2
         or texts.ndim != 2

@@ -6,7 +6,6 @@ makes a piece of it takes plain text, escapes it, and returns `Html`; `page` joi
 
 import base64
 import html
-import io
 import math
 import os
 import tempfile
@@ -53,9 +52,9 @@ figcaption, .note { color: var(--soft); font-size: .87rem; margin-top: .25rem; }
 
 @dataclass(frozen=True)
 class HitCard:
-    """One hit as it is shown. `is_right` None: not known, so the frame has no colour."""
+    """One hit as it is shown. `is_right` None: not known, so the frame has no colour. A hit may have no picture."""
 
-    thumbnail_png: bytes
+    thumbnail_png: bytes | None
     rank: int
     score: float
     is_right: bool | None = None
@@ -165,14 +164,16 @@ def write_report(path: str | Path, document: str) -> None:
 def metrics_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Results of several runs as a text table, one line a run and direction.
 
-    results: run name → `ProtocolResult.to_dict()` or `Evaluation.to_dict()`. Below the table one line a run
-    says how much was ranked, and which queries were left out or tied.
+    results: run name → `to_dict()` of `ProtocolResult`, `Evaluation`, `Ek100Result` or `Scored`. Extra rows and the run
+    it is compared with come below a run. Below the table one line a run says how much was ranked, how sure the means
+    are, and which queries were left out or tied; then come the paired differences.
     """
     lines = [
-        (run, direction.replace("_", " "), scores)
+        (name, direction.replace("_", " "), row[direction])
         for run, result in results.items()
-        for direction, scores in result.items()
-        if isinstance(scores, Mapping)
+        for name, row in _rows_of(run, result).items()
+        for direction in DIRECTIONS
+        if direction in row
     ]
     columns = [name for name in SHORT_NAMES if any(name in scores for _, _, scores in lines)]
     rows = [["run", "direction", *(SHORT_NAMES[name] for name in columns)]]
@@ -181,6 +182,7 @@ def metrics_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         for run, direction, scores in lines
     ]
     notes = [f"{run}: {note}" for run, result in results.items() if (note := _counts(result))]
+    notes += [line for run, result in results.items() for line in _differences(run, result)]
     return "\n".join(_aligned(rows) + notes)
 
 
@@ -189,22 +191,9 @@ def line_chart_png(
 ) -> bytes:
     """A line chart as PNG; series: name → (x, y)."""
     # Not at the top: a metric must not pay for, or need, a plotting library.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from rlt_retrieval.eval.plots import line_chart
 
-    figure = Figure(figsize=(6.4, 3.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name, (x, y) in series.items():
-        axes.plot(x, y, label=name, linewidth=1.6)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(series) > 1:
-        axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return line_chart(series, xlabel, ylabel, title)
 
 
 def format_number(value: Cell) -> str:
@@ -218,6 +207,7 @@ def format_number(value: Cell) -> str:
     return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3f}"
 
 
+DIRECTIONS = ("text_to_video", "video_to_text", "mean")
 SHORT_NAMES = {
     "recall@1": "R@1",
     "recall@5": "R@5",
@@ -236,6 +226,26 @@ def _metric(name: str, value: Cell) -> str:
     return format_number(value)
 
 
+def _rows_of(run: str, result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    rows = {run: result, **result.get("extra_rows", {})}
+    if "comparison" in result:
+        rows[result["comparison"]["with"]] = result["comparison"]["values"]
+    return rows
+
+
+def _differences(run: str, result: Mapping[str, Any]) -> list[str]:
+    if "comparison" not in result:
+        return []
+    lines = [f"{run} minus {result['comparison']['with']}, with 95 % intervals over videos:"]
+    for metric, directions in result["comparison"]["difference"].items():
+        for direction, row in directions.items():
+            around = " to ".join(f"{bound:+.4f}" for bound in row["interval"] or ())
+            lines.append(
+                f"  {metric} {direction.replace('_', ' ')}: {row['difference']:+.4f}  {around}".rstrip()
+            )
+    return lines
+
+
 def _counts(result: Mapping[str, Any]) -> str:
     """What was ranked, and whatever was left out or tied, in words; empty when nothing is known of it."""
     said = []
@@ -243,11 +253,14 @@ def _counts(result: Mapping[str, Any]) -> str:
         said.append(f"{result['num_videos']:,} videos, {result['num_texts']:,} texts")
     if result.get("num_merged_texts"):
         said.append(f"{result['num_merged_texts']:,} repeated captions merged")
-    for direction, scores in result.items():
-        for key, count in scores.items() if isinstance(scores, Mapping) else ():
+    for direction in DIRECTIONS:
+        for key, count in result.get(direction, {}).items():
             if count and key.endswith(("left_out", "tied")):
                 said.append(f"{direction.replace('_', ' ')} {key.replace('_', ' ')}: {count:,}")
-    return "; ".join(said)
+    for name, intervals in result.get("intervals", {}).items():
+        if interval := intervals["mean"]:
+            said.append(f"{name} 95 % interval over videos: {interval[0]:.3f} to {interval[1]:.3f}")
+    return "; ".join([*([result["note"]] if result.get("note") else []), *said])
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
@@ -291,8 +304,9 @@ def _hit(card: HitCard) -> str:
     verdict = {True: "right", False: "wrong", None: ""}[card.is_right]
     mark = f" <b>{verdict}</b>" if verdict else ""
     note = f'<div class="note">{html.escape(card.caption)}</div>' if card.caption else ""
+    picture = _image(card.thumbnail_png, card.caption) if card.thumbnail_png else ""
     return (
-        f'<div class="hit {verdict}">{_image(card.thumbnail_png, card.caption)}'
+        f'<div class="hit {verdict}">{picture}'
         f"<div>{card.rank}. {format_number(card.score)}{mark}</div>{note}</div>"
     )
 

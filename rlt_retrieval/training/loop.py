@@ -16,11 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlt_retrieval.annotations import Ek100Dataset
+from rlt_retrieval.annotations import Ek100Dataset, read_dataset
 from rlt_retrieval.config import Recipe
 from rlt_retrieval.data.batching import batches_by_budget
 from rlt_retrieval.data.failures import FailureLog
@@ -28,9 +27,17 @@ from rlt_retrieval.data.loading import TrainBatch, TrainClip, TrainLoader, clip_
 from rlt_retrieval.data.shards import expand_shards
 from rlt_retrieval.data.streams import StreamPosition
 from rlt_retrieval.data.workers import WorkerPool
-from rlt_retrieval.embed import LoaderOptions, embed_shards, model_sampling, score_captions, share_cores
+from rlt_retrieval.embed import (
+    LoaderOptions,
+    ShardEmbeddings,
+    embed_shards,
+    model_sampling,
+    score,
+    share_cores,
+)
 from rlt_retrieval.encoders.packing import pack
 from rlt_retrieval.errors import TrainingError
+from rlt_retrieval.eval.ek100 import Ek100Result
 from rlt_retrieval.eval.protocols import ProtocolResult
 from rlt_retrieval.model import VideoTextModel, autocast
 from rlt_retrieval.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
@@ -310,8 +317,8 @@ def _features(
 
 def evaluate(
     model: VideoTextModel, shards: Sequence[Path], recipe: Recipe, ranks: Ranks, failures: FailureLog
-) -> ProtocolResult:
-    """The captions protocol on the evaluation shards, every clip once over all ranks; bad ones go to `failures`."""
+) -> ProtocolResult | Ek100Result:
+    """The protocol of the evaluation shards, every clip once over all ranks; bad ones go to `failures`."""
     options = LoaderOptions(
         recipe.data.num_workers,
         recipe.data.decode_timeout_seconds,
@@ -322,10 +329,7 @@ def evaluate(
     mine = embed_shards(
         model, shards, options, failures=failures, rank=ranks.rank, world_size=ranks.world_size
     )
-    parts = ranks.gather((mine.z_ND, mine.captions))
-    z_ND = np.concatenate([z for z, _ in parts])
-    captions = [texts for _, part in parts for texts in part]
-    result = score_captions(model, z_ND, captions)
+    result = score(model, ShardEmbeddings.joined(ranks.gather(mine)), read_dataset(shards))
     model.train()
     return result
 

@@ -28,10 +28,18 @@ TWO_STEPS = (
     "model.backbone=ViT-B-32 model.pretrained=weights.safetensors video.num_frames=4 "
     "optim.steps=2 optim.warmup_steps=1 optim.batch_size=8 data.num_streams=4 data.num_workers=1"
 )
-CLIP_HEADER = (
-    "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,start_frame,"
-    "stop_frame,narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes"
-).split(",")
+CLIP_HEADER = [
+    *(
+        "narration_id",
+        "participant_id",
+        "video_id",
+        "narration_timestamp",
+        "start_timestamp",
+        "stop_timestamp",
+    ),
+    *("start_frame", "stop_frame", "narration", "verb", "verb_class", "noun", "noun_class"),
+    *("all_nouns", "all_noun_classes"),
+]
 VERBS, NOUNS = ("take", "put-down", "wash"), ("plate", "spoon", "tap", "cup")
 
 
@@ -47,10 +55,9 @@ def write_split(folder: Path, split: str, videos: list[str], clips_per_video: in
             verb, noun = (v + n) % len(VERBS), n % len(NOUNS)
             text = f"{VERBS[verb]} {NOUNS[noun]}"
             span = [f"00:00:{0.4 * n:05.2f}", f"00:00:{0.4 * n + 0.6:05.2f}"]
-            rows.append(
-                [f"{video}_{n}", video[:3], video, span[0], *span, "0", "1", text, VERBS[verb], str(verb)]
-                + [NOUNS[noun], str(noun), f"['{NOUNS[noun]}']", f"[{noun}]"]
-            )
+            of_noun = [NOUNS[noun], str(noun), f"['{NOUNS[noun]}']", f"[{noun}]"]
+            where = [f"{video}_{n}", video[:3], video, span[0], *span, "0", "1"]
+            rows.append([*where, text, VERBS[verb], str(verb), *of_noun])
             if text not in {sentence[1] for sentence in sentences}:
                 classes = [str(verb), f"[{noun}]", VERBS[verb], f"['{NOUNS[noun]}']"]
                 sentences.append([f"{video}_{n}", text, *(classes if split == "train" else ())])
@@ -97,10 +104,12 @@ def test_the_page_from_annotations_to_report(workplace: Path) -> None:
             for name in ("ours.npz", "theirs.npz"):
                 shutil.copy(workplace / "reports/ek100/embeddings.npz", workplace / name)
         done = subprocess.run(runnable(line), cwd=workplace, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        expected = 3 if " eval " in line else 0  # scores of stand-ins are partial: a few of 9,668 clips
+        assert done.returncode == expected, f"{line}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
     report = workplace / "reports/ek100"
     result = json.loads((report / "result.json").read_text())
     assert 0 < result["mean"]["mAP"] <= 1
+    assert (result["partial"], result["num_official_clips"]) == (True, 9668)
     assert "43.4" in (report / "result.md").read_text()
     assert "<html" in (report / "report.html").read_text()

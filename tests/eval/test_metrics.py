@@ -4,7 +4,9 @@ import json
 import math
 import subprocess
 import sys
+import tracemalloc
 
+import ir_measures
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -32,6 +34,11 @@ def ndcg_slowly(ranked):
     best = sorted(ranked, reverse=True)
     gain, ideal = (sum(r / math.log2(k + 2) for k, r in enumerate(order[:cut])) for order in (ranked, best))
     return gain / ideal if ideal else math.nan
+
+
+def tie_decides_slowly(scores, relevancies):
+    pairs = list(zip(scores, relevancies, strict=True))
+    return any(s == t and r != q for i, (s, r) in enumerate(pairs) for t, q in pairs[:i])
 
 
 def rank_slowly(scores, right):
@@ -111,6 +118,17 @@ def test_among_equal_scores_the_less_relevant_comes_first():
     assert ndcg(similarity, relevancy).video_to_text == pytest.approx(expected)
 
 
+def test_only_ties_that_decide_something_are_counted():
+    similarity = np.array([[0.5, 0.5, 0.1], [0.5, 0.5, 0.1], [0.9, 0.5, 0.5], [0.5, 0.5, 0.5]])
+    relevancy = np.array([[1, 0.5, 0], [1, 1, 0], [0.5, 0.25, 0], [0, 0, 0]])
+    result = evaluate(similarity, relevancy)
+    # Video 0: 1 or 0.5 first. Video 1: either way 1. Video 2: no exact match, so mAP leaves it out. Video 3: nothing.
+    assert (result.mean_average_precision.video_to_text_tied, result.ndcg.video_to_text_tied) == (1, 2)
+    # Text 0 and 1: videos 0, 1 and 3 tie; 1 and 0 differ. Text 2 has nothing to find.
+    assert (result.mean_average_precision.text_to_video_tied, result.ndcg.text_to_video_tied) == (2, 2)
+    assert (result.to_dict()["video_to_text"]["tied"], result.to_dict()["text_to_video"]["tied"]) == (2, 2)
+
+
 def test_a_query_with_nothing_to_find_is_left_out_and_counted():
     similarity = np.array([[0.9, 0.1], [0.2, 0.8], [0.5, 0.4]])
     relevancy = np.array([[1, 0.5], [0, 0], [0.5, 0.5]])
@@ -128,8 +146,24 @@ def test_matches_the_official_evaluation(shared_data):
         seen = {"v2t": scores.video_to_text, "t2v": scores.text_to_video, "avg": scores.mean}
         assert seen == pytest.approx(expected[name], abs=1e-9)
     for direction, sim, rel in (("v2t", similarity, relevancy), ("t2v", similarity.T, relevancy.T)):
-        for name, values in zip(("AP", "nDCG"), metrics.query_scores(sim, rel), strict=True):
+        queries = metrics.query_scores(sim, rel)
+        for name, values in (("AP", queries.average_precision), ("nDCG", queries.ndcg)):
             assert values == pytest.approx(oracle["expected_per_query"][f"{name}_{direction}"], abs=1e-9)
+
+
+def test_matches_an_independent_implementation_on_binary_relevancies(rng):
+    """Where a pair is right or wrong, AP is the textbook one, and nDCG that cut at the number of right items."""
+    relevancy = rng.random((30, 20)) < 0.2
+    relevancy[:, 0] = True
+    similarity = rng.permutation(relevancy.size).reshape(relevancy.shape).astype(float)
+    scores = metrics.query_scores(similarity, relevancy)
+    for query in range(len(relevancy)):
+        num_right = int(relevancy[query].sum())
+        qrels = [ir_measures.Qrel("q", str(item), int(right)) for item, right in enumerate(relevancy[query])]
+        run = [ir_measures.ScoredDoc("q", str(item), score) for item, score in enumerate(similarity[query])]
+        expected = ir_measures.calc_aggregate([ir_measures.AP, ir_measures.nDCG @ num_right], qrels, run)
+        assert scores.average_precision[query] == pytest.approx(expected[ir_measures.AP], abs=1e-9)
+        assert scores.ndcg[query] == pytest.approx(expected[ir_measures.nDCG @ num_right], abs=1e-9)
 
 
 # ---- fast = slow ----
@@ -147,6 +181,7 @@ def test_fast_scores_equal_the_slow_reference(pair, pairs_per_chunk):
             fast = metrics.query_scores(sim, rel)
             np.testing.assert_allclose(fast[0], [average_precision_slowly(r) for r in ranked], atol=1e-12)
             np.testing.assert_allclose(fast[1], [ndcg_slowly(r) for r in ranked], atol=1e-12)
+            assert fast.tied.tolist() == [tie_decides_slowly(*row) for row in zip(sim, rel, strict=True)]
 
 
 @settings(max_examples=100, deadline=None)
@@ -191,6 +226,16 @@ def test_evaluate_equals_the_two_metrics_and_swaps_with_the_matrix(pair):
 def test_scores_of_other_types_rank_as_in_float64(rng, dtype):
     similarity, relevancy = rng.integers(-9, 9, (12, 15)).astype(dtype), rng.choice([0, 0.5, 1], (12, 15))
     assert evaluate(similarity, relevancy) == evaluate(similarity.astype(np.float64), relevancy)
+
+
+def test_working_memory_is_that_of_a_chunk(rng):
+    """Six million pairs, 46 MiB of relevancies alone: a copy of the matrix would show."""
+    similarity, relevancy = rng.random((4000, 1500), dtype=np.float32), rng.choice([0, 0.5, 1], (4000, 1500))
+    tracemalloc.start()
+    evaluate(similarity, relevancy)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 100 * metrics.PAIRS_PER_CHUNK
 
 
 def test_masked_scores_rank_last():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlt_retrieval.config import Recipe, find_recipe, load_recipe
+from rlt_retrieval.data.shards import BadSample, ShardEntry, expand_shards, scan_shard
 from rlt_retrieval.model import VideoTextModel
 from rlt_retrieval.training.loop import train
 
@@ -45,6 +46,10 @@ def variants_of(name: str) -> dict[str, list[str]]:
     return variants
 
 
+def scan_all(folder: Path) -> list[ShardEntry | BadSample]:
+    return [entry for shard in expand_shards([folder]) for entry in scan_shard(shard)]
+
+
 @pytest.mark.parametrize("reducer", ["rlt", "none"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_steps_on_synthetic_clips(
@@ -58,7 +63,7 @@ def test_two_steps_on_synthetic_clips(
     paths = {
         "run_dir": str(tmp_path / "run"),
         "data.train": [str(tiny_ek100 if name in EK100 else tiny_data / "train")],
-        "data.eval": [str(tiny_data / "test")],
+        "data.eval": [str(tiny_ek100 if name in EK100 else tiny_data / "test")],
         "model.backbone_config": make_recipe().model.backbone_config,
     }
     recipe = load_recipe(name)
@@ -71,7 +76,12 @@ def test_two_steps_on_synthetic_clips(
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["learning_rate"] == recipe.optim.learning_rate
     assert (lines[0]["keep_ratio"] == 1) == (reducer == "none")
-    assert lines[1]["eval"]["num_videos"] == 5
+    scores = lines[1]["eval"]
+    if name in EK100:
+        assert 0 < scores["mean"]["mAP"] <= 1
+        assert scores["num_videos"] == len(scan_all(tiny_ek100))
+    else:
+        assert scores["num_videos"] == 5
     assert VideoTextModel.load(tmp_path / "run", device="cpu").config.video.reducer == reducer
 
 
