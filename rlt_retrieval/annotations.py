@@ -27,6 +27,7 @@ from rlt_retrieval.errors import AnnotationError
 Split = Literal["train", "test"]
 NUM_OFFICIAL_CLIPS: dict[Split, int] = {"train": 67_217, "test": 9_668}
 POSITIVE_RELEVANCY = 0.1  # a training positive is strictly above
+MAX_CLASS_ID = 10_000  # EK-100 has 97 verbs and 300 nouns; a `ClassTable` is as wide as the largest noun
 ROWS_PER_CHUNK = 512  # bounds the working memory of a relevancy matrix
 
 CLIP_COLUMNS = (
@@ -85,7 +86,7 @@ def read_ek100_clips(path: str | Path) -> list[Ek100Clip]:
         start_seconds, end_seconds = _seconds(row["start_timestamp"]), _seconds(row["stop_timestamp"])
         if end_seconds <= start_seconds:
             raise ValueError(f"stop_timestamp {row['stop_timestamp']} is not after start_timestamp")
-        classes = Classes.of(int(row["verb_class"]), _class_ids(row["all_noun_classes"]))
+        classes = Classes.of(_class_id(int(row["verb_class"])), _class_ids(row["all_noun_classes"]))
         return Ek100Clip(
             row["narration_id"], row["video_id"], start_seconds, end_seconds, row["narration"], classes
         )
@@ -133,16 +134,18 @@ def ek100_files(folder: str | Path, split: Split) -> tuple[Path, Path]:
     """Clip and sentence CSV of a split in the official repository, its retrieval_annotations, or a copy of that.
 
     Raises:
-        AnnotationError: not there.
+        AnnotationError: no such folder, or what of the two is not in it.
     """
     folder = Path(folder)
     names = f"EPIC_100_retrieval_{split}.csv", f"EPIC_100_retrieval_{split}_sentence.csv"
-    for place in (folder, folder / "retrieval_annotations"):
-        clips, sentences = place / names[0], place / names[1]
-        if clips.is_file() and sentences.is_file():
-            return clips, sentences
+    places = (folder, folder / "retrieval_annotations")
+    place = max(places, key=lambda place: sum((place / name).is_file() for name in names))
+    missing = [name for name in names if not (place / name).is_file()]
+    if not missing:
+        return place / names[0], place / names[1]
+    problem = f"{place}: no {' and '.join(missing)}" if folder.is_dir() else f"{folder}: no such folder"
     raise AnnotationError(
-        f"{folder}: no {names[0]} and {names[1]}; give a clone of "
+        f"{problem}; give a clone of "
         "github.com/epic-kitchens/epic-kitchens-100-annotations or its folder retrieval_annotations"
     )
 
@@ -150,7 +153,7 @@ def ek100_files(folder: str | Path, split: Split) -> tuple[Path, Path]:
 def _sentence_classes(path: Path, row: Mapping[str, str], clip: Ek100Clip | None) -> Classes:
     if "verb_class" in row and "noun_classes" in row:
         try:
-            return Classes.of(int(row["verb_class"]), _class_ids(row["noun_classes"]))
+            return Classes.of(_class_id(int(row["verb_class"])), _class_ids(row["noun_classes"]))
         except ValueError as error:
             raise AnnotationError(
                 f"{path}, {row['narration_id']}: {error}; take the official file"
@@ -214,9 +217,19 @@ def _class_ids(text: str) -> tuple[int, ...]:
         values = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         values = None
-    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
-        raise ValueError(f"{text!r} is not a list of class ids")
+    if not isinstance(values, list) or not all(map(_is_class_id, values)):
+        raise ValueError(f"{text!r:.80} is not a list of class ids (0 to {MAX_CLASS_ID})")
     return tuple(values)
+
+
+def _class_id(value: Any) -> int:
+    if not _is_class_id(value):
+        raise ValueError(f"{value!r:.80} is not a class id (0 to {MAX_CLASS_ID})")
+    return int(value)
+
+
+def _is_class_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_CLASS_ID  # type: True is no class
 
 
 # --- relevancy ----------------------------------------------------------------------------------------------
@@ -307,11 +320,25 @@ class Ek100Dataset:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Ek100Dataset:
         """Inverse of `to_dict`; other keys are ignored. Raises KeyError, TypeError or ValueError on another form."""
-        sentences = tuple(
-            Ek100Sentence(row["narration_id"], row["text"], Classes.of(row["classes"][0], row["classes"][1]))
-            for row in values["sentences"]
+        split, num_official_clips, rows = (
+            values[name] for name in ("split", "num_official_clips", "sentences")
         )
-        return cls(values["split"], int(values["num_official_clips"]), sentences)
+        if split not in NUM_OFFICIAL_CLIPS:
+            raise ValueError(f"split is {split!r:.80}")
+        if type(num_official_clips) is not int or num_official_clips < 1:
+            raise ValueError(f"num_official_clips is {num_official_clips!r:.80}")
+        if not isinstance(rows, list | tuple) or not rows:
+            raise ValueError("no list of sentences")
+        return cls(split, num_official_clips, tuple(map(_sentence_from_dict, rows)))
+
+
+def _sentence_from_dict(row: Mapping[str, Any]) -> Ek100Sentence:
+    narration_id, text, (verb, nouns) = row["narration_id"], row["text"], row["classes"]
+    if not isinstance(narration_id, str) or not isinstance(text, str):
+        raise TypeError(f"narration_id {narration_id!r:.80} or its text is no string")
+    if not isinstance(nouns, list | tuple):
+        raise TypeError(f"the nouns of {narration_id!r:.80} are no list")
+    return Ek100Sentence(narration_id, text, Classes.of(_class_id(verb), map(_class_id, nouns)))
 
 
 def read_dataset(shards: Iterable[str | Path]) -> Ek100Dataset | None:
@@ -339,7 +366,7 @@ def _read_dataset(path: Path) -> Ek100Dataset | None:
         return Ek100Dataset.from_dict(values)
     except FileNotFoundError:
         return None
-    except (OSError, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise AnnotationError(
             f"{path}: not a whole dataset.json ({error!r}); make the shards again"
         ) from error

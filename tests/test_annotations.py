@@ -77,6 +77,8 @@ def test_a_clip_row_has_its_span_in_seconds_and_its_nouns_as_a_sorted_set(write:
         "[True]",
         "['2']",
         "[-1]",
+        "[10001]",
+        "[1000000000000]",
         "[2",
         "",
         "[" * 5000,
@@ -96,6 +98,11 @@ def test_a_noun_cell_is_a_list_of_numbers_or_refused_without_effect(
     ("row", "message"),
     [
         (clip_row("P01_11_0", "x", "take", "[2]"), "line 2: invalid literal for int.*take.*official file"),
+        (
+            clip_row("P01_11_0", "x", 10**30, "[2]"),
+            r"clips\.csv, line 2: 10{30} is not a class id \(0 to 10000\)",
+        ),
+        (clip_row("P01_11_0", "x", -1, "[2]"), "line 2: -1 is not a class id"),
         (clip_row("P01_11_0", "x", 0, "[2]", start="1.5"), "line 2: '1.5' is not a time hh:mm:ss.ff"),
         (clip_row("P01_11_0", "x", 0, "[2]", stop="00:00:01.00"), "stop_timestamp 00:00:01.00 is not after"),
         ("P01_11_0,P01", "line 2: expected 15 cells"),
@@ -215,6 +222,13 @@ def test_the_files_of_a_split_are_found_in_the_repository_and_in_its_folder(
     folder = tmp_path / "retrieval_annotations"
     folder.mkdir()
     names = ("EPIC_100_retrieval_test.csv", "EPIC_100_retrieval_test_sentence.csv")
+    for present, missing in (names, names[::-1]):
+        (folder / present).touch()
+        with pytest.raises(AnnotationError, match=rf"/retrieval_annotations: no {missing}; give"):
+            ek100_files(tmp_path, "test")
+        (folder / present).unlink()
+    with pytest.raises(AnnotationError, match="/none: no such folder; give a clone of"):
+        ek100_files(tmp_path / "none", "test")
     for name in names:
         (folder / name).touch()
     assert ek100_files(tmp_path, "test") == ek100_files(folder, "test") == tuple(folder / n for n in names)
@@ -333,7 +347,30 @@ def test_a_dataset_survives_its_json_and_is_read_from_beside_the_shards(tmp_path
             {**dataset().to_dict(), "sentences": [{"narration_id": "a", "text": "b", "classes": [1]}]}
         ),
         json.dumps({**dataset().to_dict(), "sentences": 3}),
-        json.dumps({**dataset().to_dict(), "num_official_clips": "many"}),
+        *(
+            json.dumps({**dataset().to_dict(), **wrong})
+            for wrong in (
+                *({"num_official_clips": value} for value in ("many", "7", 0, -1, 7.0, True, None)),
+                *({"split": value} for value in ("validation", 1, None, ["test"])),
+                *({"sentences": value} for value in ([], {}, "ab", [1], [{}], None)),
+            )
+        ),
+        *(
+            json.dumps({**dataset().to_dict(), "sentences": [{"narration_id": "a", "text": "b", **wrong}]})
+            for wrong in (
+                *(
+                    {"classes": [value, [2]]}
+                    for value in (-1, 1.0, "1", True, None, 10_001, 10**30, float("inf"))
+                ),
+                *({"classes": [1, [value]]} for value in (-1, 2.5, "2", False, None, 10**12)),
+                *({"classes": value} for value in ([1, 2], [1, "2"], [1, {}], [1, [2], 3], "12", None)),
+                *(
+                    {"classes": [1, [2]], name: value}
+                    for name in ("narration_id", "text")
+                    for value in (3, None)
+                ),
+            )
+        ),
     ],
 )
 def test_a_damaged_dataset_is_refused_in_one_line(tmp_path: Path, values: str) -> None:

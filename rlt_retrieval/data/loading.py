@@ -105,6 +105,11 @@ def tokenize_clip(
     yield _tokenized(clip, sampling, caption_index)
 
 
+def decode_frames(media: bytes, num_frames: int, transform: FrameTransform) -> Iterator[np.ndarray]:
+    """Worker job: evenly spaced frames of a whole clip, uint8 [T, 3, H, W]."""
+    yield decode_clip(media, num_frames=num_frames, transform=transform).frames_TCHW.numpy()
+
+
 def _tokenized(clip: Clip, sampling: Sampling, caption_index: int = 0) -> TokenizedClip:
     tokens = sampling.tokenizer(clip.frames_TCHW)
     return TokenizedClip(

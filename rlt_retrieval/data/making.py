@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,17 +47,27 @@ class MakeReport:
 
 
 def plan_shards(source: Source, *, samples_per_shard: int, short_side: int = 288) -> dict[str, Any]:
-    """What `make_shards` would do with a source. Hours and gigabytes (a rough guess) only where all spans are known."""
+    """What `make_shards` would do with a source; hours and gigabytes (a rough guess) are of the clips that are there.
+
+    Hours and gigabytes only where all spans are known; missing_hours, those of the absent clips, likewise.
+    """
     clips = source.clips
     values = {**count_clips(source), "shards": math.ceil(len(clips) / samples_per_shard)}
-    seconds = sum(
-        math.inf if clip.end_seconds is None else clip.end_seconds - clip.start_seconds for clip in clips
-    )
+    seconds, missing_seconds = _total_seconds(clips), _total_seconds(source.absent)
     if seconds < math.inf:
         # as if bytes grew with the area of the picture
         num_bytes = seconds * BYTES_PER_SECOND_AT_288 * (short_side / 288) ** 2
         values |= {"hours": round(seconds / 3600, 2), "expected_gb": round(num_bytes / 1e9, 3)}
+    if source.absent and missing_seconds < math.inf:
+        values |= {"missing_hours": round(missing_seconds / 3600, 2)}
     return values
+
+
+def _total_seconds(clips: Iterable[SourceClip]) -> float:
+    """Infinite where a clip goes to the end of its video."""
+    return sum(
+        math.inf if clip.end_seconds is None else clip.end_seconds - clip.start_seconds for clip in clips
+    )
 
 
 def count_clips(source: Source) -> dict[str, Any]:
@@ -86,6 +96,8 @@ def make_shards(
     with the same clips, settings and files (`plan.json` tells). Clips that cannot be read are left out and
     listed in `failures.jsonl`, and so are `absent` ones, whose videos are not there. `dataset.json` is written
     last: the counts, and what `dataset` says. `on_progress(num_done, num_clips)`.
+
+    Videos that come later make another plan, which the folder refuses: make all clips anew in an empty one.
 
     Raises:
         ShardError: no clip, two clips of one name, something else in the folder, no clip readable, disk full.
@@ -180,9 +192,9 @@ def _claim_folder(folder: Path, plan: bytes) -> None:
     make_folder(folder)
     plan_file = folder / "plan.json"
     if plan_file.exists():
-        if plan_file.read_bytes() != plan:
+        if (begun := plan_file.read_bytes()) != plan:
             raise ShardError(
-                f"{folder}: holds shards of other clips or settings (or videos have come or changed since); "
+                f"{folder}: holds shards of other clips or settings ({_difference(begun, plan)}); "
                 "choose an empty folder, or delete this one to make all anew"
             )
         return
@@ -192,6 +204,25 @@ def _claim_folder(folder: Path, plan: bytes) -> None:
             f"{folder}: not empty ({foreign[0]}) and not begun by this command; choose an empty folder"
         )
     write_whole(plan_file, lambda file: file.write(plan))
+
+
+def _difference(begun: bytes, plan: bytes) -> str:
+    """What two plans differ in, in words."""
+    now = json.loads(plan)
+    try:
+        values = json.loads(begun)
+        then = {name: values[name] for name in now}
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return "its plan.json is damaged"
+    words = {"samples_per_shard": "clips per shard", "short_side": "short side", "num_clips": "clips"}
+    changes = [
+        f"{words[name]}: {then[name]!r:.40} then, {now[name]} now"
+        for name in words
+        if then[name] != now[name]
+    ]
+    if then["num_clips"] == now["num_clips"] and then["clips_sha256"] != now["clips_sha256"]:
+        changes.append(f"{now['num_clips']} clips then and now, but they or their video files have changed")
+    return "; ".join(changes) or "its plan.json was edited"
 
 
 def _finish(

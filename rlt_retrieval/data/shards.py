@@ -28,7 +28,7 @@ from braceexpand import braceexpand
 from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
-from rlt_retrieval.annotations import Classes
+from rlt_retrieval.annotations import MAX_CLASS_ID, Classes
 from rlt_retrieval.data.files import make_folder, write_whole
 from rlt_retrieval.data.sources.folder import VIDEO_EXTENSIONS
 from rlt_retrieval.errors import ShardError
@@ -37,7 +37,6 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 PLAIN_KEY_BYTES = frozenset((string.ascii_letters + string.digits + "_-").encode())
 MAX_KEY_LENGTH = 80  # ustar holds 100 characters a name, the suffix included
 TAR_BLOCK_BYTES = 512
-MAX_CLASS_ID = 2**31 - 1  # beyond it, relevancy would overflow far from the sample
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,7 @@ def test_the_official_test_split_over_a_few_stand_ins(
     planned = json.loads(capfd.readouterr().out)
     assert stop.value.code == 0
     assert (planned["clips"], planned["missing_clips"], planned["missing_videos"]) == (16, 9652, 134)
+    assert planned["missing_hours"] > 1
     assert planned["hours"] == pytest.approx(0.01, abs=0.005)
     assert not (tmp_path / "out").exists()
 
@@ -181,7 +182,9 @@ def test_the_official_test_split_over_a_few_stand_ins(
         "shards": 1,
         "skipped": 0,
     }
-    assert len(printed.err.splitlines()) == 134
+    *missing, where = printed.err.splitlines()
+    assert len(missing) == 134
+    assert where == f"what was left out is listed in {tmp_path / 'out' / 'failures.jsonl'}"
     assert printed.err.startswith("missing P01_11: 148 clips\n")
     expected = [row.narration_id for row in rows if row.video_id in STAND_INS]
     shard = tmp_path / "out" / "clips-000000.tar"
@@ -222,7 +225,8 @@ def test_a_killed_make_goes_on_and_ends_with_the_same_files(tmp_path: Path) -> N
     killed.wait()
     for out in ("out", "whole"):
         done = subprocess.run(command(out), capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (3, "missing P09_1: 1 clip\n")
+        assert (done.returncode, done.stderr.splitlines()[0]) == (3, "missing P09_1: 1 clip")
+        assert done.stderr.endswith(f"listed in {tmp_path / out / 'failures.jsonl'}\n")
     files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
 

@@ -96,12 +96,23 @@ def test_a_stopped_make_goes_on_where_it_was(clips, tmp_path, monkeypatch, stop_
 
 def test_make_refuses_other_clips_changed_files_and_foreign_folders(clips, tmp_path):
     make(clips, tmp_path / "out")
-    for others, changes in [(clips[:5], {}), (clips, {"samples_per_shard": 2}), (clips, {"short_side": 16})]:
-        with pytest.raises(ShardError, match="holds shards of other clips or settings"):
+    for others, changes, difference in [
+        (clips[:5], {}, "clips: 7 then, 5 now"),
+        (clips, {"samples_per_shard": 2}, "clips per shard: 3 then, 2 now"),
+        (clips, {"short_side": 16}, "short side: 32 then, 16 now"),
+        (clips[:6], {"short_side": 16}, "short side: 32 then, 16 now; clips: 7 then, 6 now"),
+    ]:
+        expected = rf"holds shards of other clips or settings \({difference}\); choose an empty folder"
+        with pytest.raises(ShardError, match=expected):
             make(others, tmp_path / "out", **changes)
     clips[0].video.write_bytes(b"longer")
-    with pytest.raises(ShardError, match="other clips"):
+    expected = r"other clips .*\(7 clips then and now, but they or their video files have changed\)"
+    with pytest.raises(ShardError, match=expected):
         make(clips, tmp_path / "out")
+    for damaged in (b"{", b"[]", b"{}", b"\xff"):
+        (tmp_path / "out" / "plan.json").write_bytes(damaged)
+        with pytest.raises(ShardError, match=r"\(its plan\.json is damaged\)"):
+            make(clips, tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(ShardError, match=r"not empty \(thesis\.tex\)"):
@@ -143,7 +154,7 @@ def test_make_passes_ids_and_classes_on_and_lists_what_is_absent(clips, tmp_path
 def test_a_video_that_came_since_is_never_mixed_in_silently(clips, tmp_path):
     make(clips[:2], tmp_path / "out", absent=clips[2:3])
     before = contents(tmp_path / "out")
-    with pytest.raises(ShardError, match=r"\(or videos have come or changed since\); choose an empty folder"):
+    with pytest.raises(ShardError, match=r"\(clips: 2 then, 3 now\); choose an empty folder"):
         make(clips[:3], tmp_path / "out")
     assert contents(tmp_path / "out") == before
     with pytest.raises(ShardError, match="given to two samples"):
@@ -165,10 +176,12 @@ def test_plan_counts_hours_and_bytes_where_all_spans_are_known(tmp_path):
     spans = [SourceClip(tmp_path / "a.mp4", ("x",), str(i), i, i + 1800.0) for i in range(5)]
     source = Source(clips=spans[:4], absent=[replace(clip, video_id="P01") for clip in spans[4:]])
     figures = {"clips": 4, "captioned": 4, "missing_videos": 1, "missing_clips": 1, "shards": 2}
-    assert plan_shards(source, samples_per_shard=3) == {**figures, "hours": 2.0, "expected_gb": 0.576}
+    hours = {"hours": 2.0, "expected_gb": 0.576, "missing_hours": 0.5}
+    assert plan_shards(source, samples_per_shard=3) == {**figures, **hours}
     assert plan_shards(source, samples_per_shard=3, short_side=144)["expected_gb"] == 0.144
     whole = Source(clips=[*spans, SourceClip(tmp_path / "a.mp4", (), "whole")])
     assert plan_shards(whole, samples_per_shard=6) == {"clips": 6, "captioned": 5, "shards": 1}
+    assert "missing_hours" not in plan_shards(Source(clips=spans, absent=whole.clips), samples_per_shard=6)
 
 
 def test_make_cuts_real_video_in_worker_processes(tmp_path):

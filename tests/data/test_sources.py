@@ -296,10 +296,27 @@ def test_msrvtt_lists_absent_videos(tmp_path):
     [
         ("MSRVTT_JSFUSION_test.csv", "key,video_id\nret0,video7\n", "line 2: no video_id or no sentence"),
         ("MSRVTT_JSFUSION_test.csv", "video_id,sentence\nv,x\nv,y\n", "line 3: v is there twice"),
+        (
+            "MSRVTT_JSFUSION_test.csv",
+            "video_id,sentence\nv,x\nw,y, z\n",
+            "line 3: not the 2 cells of the header",
+        ),
+        ("MSRVTT_JSFUSION_test.csv", "video_id,sentence,key\nv,x\n", "line 2: not the 3 cells of the header"),
         ("MSRVTT_JSFUSION_test.csv", "", "no rows with video_id and sentence"),
         ("MSRVTT_data.json", "{", "MSRVTT_data.json: no JSON with videos and sentences"),
         ("MSRVTT_data.json", '{"videos": 1}', "no JSON with videos and sentences"),
         ("MSRVTT_data.json", '{"videos": [{"video_id": "v"}], "sentences": []}', "no sentence for v"),
+        ("MSRVTT_data.json", '{"videos": [{"video_id": 7}], "sentences": []}', "video_id is 7, no string"),
+        (
+            "MSRVTT_data.json",
+            '{"videos": [{"video_id": "v"}], "sentences": [{"video_id": "v", "caption": null}]}',
+            "caption is None, no string",
+        ),
+        (
+            "MSRVTT_data.json",
+            '{"videos": [{"video_id": "v"}], "sentences": [{"video_id": null, "caption": "x"}]}',
+            "video_id is None, no string",
+        ),
         ("MSRVTT_data.json", '{"videos": [], "sentences": []}', "no video outside the 1k-A test split"),
     ],
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def _read_test(path: Path) -> Captions:
     """The sentence of every row of the 1k-A CSV (key, vid_key, video_id, sentence)."""
     captions: Captions = {}
     for where, row in _csv_rows(path):
-        video_id, sentence = (row.get("video_id") or "").strip(), (row.get("sentence") or "").strip()
+        video_id, sentence = row.get("video_id", "").strip(), row.get("sentence", "").strip()
         if not video_id or not sentence:
             raise SourceError(f"{where}: no video_id or no sentence; take the published file")
         if video_id in captions:
@@ -96,7 +96,13 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             for row in reader:
-                yield f"{path}, line {reader.line_num}", row
+                where = f"{path}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise SourceError(
+                        f"{where}: not the {len(reader.fieldnames or ())} cells of the header; "
+                        "take the published file, or quote sentences that hold a comma"
+                    )
+                yield where, row
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     except (UnicodeDecodeError, csv.Error) as error:
@@ -126,8 +132,8 @@ def _read_json(path: Path) -> tuple[list[str], list[tuple[str, str]]]:
     """(ids of "videos", (video_id, caption) of "sentences") of a videodatainfo file."""
     try:
         data: Any = json.loads(path.read_bytes())
-        videos = [str(video["video_id"]) for video in data["videos"]]
-        sentences = [(str(row["video_id"]), str(row["caption"]).strip()) for row in data["sentences"]]
+        videos = [_string(video, "video_id") for video in data["videos"]]
+        sentences = [(_string(row, "video_id"), _string(row, "caption").strip()) for row in data["sentences"]]
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     except (ValueError, RecursionError, KeyError, TypeError) as error:
@@ -135,3 +141,10 @@ def _read_json(path: Path) -> tuple[list[str], list[tuple[str, str]]]:
             f"{path}: no JSON with videos and sentences ({error!r:.100}); take the published file"
         ) from error
     return videos, [(video_id, caption) for video_id, caption in sentences if caption]
+
+
+def _string(row: Mapping[str, Any], name: str) -> str:
+    value = row[name]
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r:.40}, no string")
+    return value
