@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rlt_retrieval.embed import LoaderOptions
     from rlt_retrieval.eval.report_folder import Evaluated
     from rlt_retrieval.model import VideoTextModel
+    from rlt_retrieval.training.loop import TrainResult
 
 EXIT_ERROR, EXIT_SKIPPED, EXIT_INTERRUPTED = 1, 3, 130  # click's own for wrong usage: 2
 SPLIT_FORMATS = ("ek100", "msrvtt")  # sources that are an official folder of annotations, with splits
@@ -169,9 +170,11 @@ def shards_make(
             on_progress=on_progress,
         )
     for failure in report.failures:
-        say(f"skipped {failure.shard}: {failure.reason}")
+        say(f"skipped {failure.shard}: {failure.reason} (clip {failure.key})")
     values = {"clips": report.num_clips, "shards": len(report.shards), "skipped": len(report.failures)}
     print_values({**count_clips(found), **values}, as_json)
+    if report.failures or found.absent:
+        say(f"what was left out is listed in {out_dir / 'failures.jsonl'}")
     _exit(EXIT_SKIPPED if report.failures or found.absent else 0)
 
 
@@ -203,9 +206,7 @@ def train(recipe: str, overrides: tuple[str, ...], device: str, dry_run: bool, a
     with progress_bar("training") as advance:
         result = run(settings, device=device, on_step=_training_step(advance))
     if result.is_first:
-        print_values(
-            {"model": str(result.model_folder), **result.last, "skipped": result.num_skipped}, as_json
-        )
+        _print_training(result, as_json)
     # Under torchrun a process that exits with anything but 0 has failed, and takes the others with it.
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     _exit(EXIT_SKIPPED if result.num_skipped and is_alone else 0)
@@ -352,7 +353,9 @@ def search(
 )
 @click.option("--split", type=click.Choice(["train", "test"]), help="Of --annotations. [default: test]")
 @click.option(
-    "--compare", type=click.Path(path_type=Path), help="A second .npz: prints the paired difference."
+    "--compare",
+    type=click.Path(path_type=Path),
+    help="A second .npz: prints the paired difference.",
 )
 @click.option("--report", type=click.Path(path_type=Path), help="Folder for JSON, Markdown, HTML and plots.")
 @loader_options
@@ -384,10 +387,15 @@ def evaluate(
 
     The .npz holds video_ids, video_embeddings, text_ids, text_embeddings (and maybe bank_embeddings); ids are narration
     ids, in any order. Scores are inner products of the embeddings as they are: normalise them first where cosine
-    similarity is meant. A set with clips missing is scored on what is there, says "partial", and exits with 3.
+    similarity is meant. An EK-100 set with clips missing is scored on what is there, says "partial", and exits with 3.
     """
+    from rlt_retrieval.data.files import make_folder
     from rlt_retrieval.eval.report import metrics_table
 
+    if not embeddings and not (sources and model_path):
+        raise click.UsageError("give SHARDS and --model, or --embeddings and --annotations")
+    if report:
+        make_folder(report)  # a place that cannot be written shows before the work, not after it
     if embeddings:
         model_only = {"SHARDS": sources, "--model": model_path, "--protocol": protocol, "--reducer": reducer}
         _refuse("--embeddings", {**model_only, "--query-bank": query_bank})
@@ -395,12 +403,12 @@ def evaluate(
     else:
         _refuse("SHARDS", {"--annotations": annotations, "--split": split, "--compare": compare})
         loader = _loader(workers, decode_timeout_seconds, max_bad_fraction)
-        run = _evaluate_model(sources, model_path, protocol, reducer, query_bank, loader, device)
+        run = _evaluate_model(sources, str(model_path), protocol, reducer, query_bank, loader, device)
+    print(json.dumps(run.values, indent=2) if as_json else metrics_table({run.name: run.values}))
     if report:
         from rlt_retrieval.eval.report_folder import write_report_folder
 
         write_report_folder(report, run)
-    print(json.dumps(run.values, indent=2) if as_json else metrics_table({run.name: run.values}))
     _exit(EXIT_SKIPPED if run.values.get("skipped") or run.scored.is_partial else 0)
 
 
@@ -485,15 +493,13 @@ def _model_maker(
 
 def _evaluate_model(
     sources: Sequence[str],
-    model_path: str | None,
+    model_path: str,
     protocol: Any,
     reducer: Any,
     query_bank: Path | None,
     loader: LoaderOptions,
     device: str,
 ) -> Evaluated:
-    if not sources or not model_path:
-        raise click.UsageError("give SHARDS and --model, or --embeddings and --annotations")
     from dataclasses import replace
 
     from rlt_retrieval.embed import embed_texts, evaluate_shards, middle_frames
@@ -516,7 +522,10 @@ def _evaluate_model(
         scores.scored,
         scores.to_dict(),
         kept_share_V=scores.embeddings.kept_tokens / scores.embeddings.all_tokens,
-        pictures=lambda rows: [thumbnail_png(frames) for frames in middle_frames(scores.embeddings, rows)],
+        pictures=lambda rows: [
+            None if frames is None else thumbnail_png(frames)
+            for frames in middle_frames(scores.embeddings, rows, loader)
+        ],
     )
 
 
@@ -557,6 +566,17 @@ def _num_workers(workers: int | None) -> int:
 
 def _training_step(advance: Callable[..., None]) -> Callable[[dict[str, Any], int], None]:
     return lambda line, num_steps: advance(line["step"], num_steps, f"loss {line['loss']:.3f}")
+
+
+def _print_training(result: TrainResult, as_json: bool) -> None:
+    """The last line of the run; for a reader, the scores of its evaluation as the table that `eval` prints."""
+    from rlt_retrieval.eval.report import metrics_table
+
+    last = dict(result.last)
+    scores = None if as_json else last.pop("eval", None)
+    print_values({"model": str(result.model_folder), **last, "skipped": result.num_skipped}, as_json)
+    if scores:
+        print(metrics_table({"eval": scores}))
 
 
 def _exit(code: int) -> None:

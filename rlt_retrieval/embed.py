@@ -5,6 +5,7 @@ Shapes: N clips, Q texts, D embedding.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -19,10 +20,10 @@ from rlt_retrieval.annotations import Classes, Ek100Dataset, read_dataset
 from rlt_retrieval.config import default_num_workers, num_cores
 from rlt_retrieval.data.batching import batches_by_budget
 from rlt_retrieval.data.failures import FailureLog
-from rlt_retrieval.data.loading import Sampling, TokenizedClip, iter_eval_clips, prefetch
+from rlt_retrieval.data.loading import Sampling, TokenizedClip, decode_frames, iter_eval_clips, prefetch
 from rlt_retrieval.data.shards import BadSample, ShardSample, expand_shards, load_sample, scan_shard
-from rlt_retrieval.data.video import FrameTransform, decode_clip
-from rlt_retrieval.data.workers import WorkerPool
+from rlt_retrieval.data.video import FrameTransform
+from rlt_retrieval.data.workers import Item, WorkerPool
 from rlt_retrieval.encoders.packing import VideoTokens, pack
 from rlt_retrieval.errors import ShardError
 from rlt_retrieval.eval import scored as scoring
@@ -31,6 +32,7 @@ from rlt_retrieval.eval.protocols import ProtocolResult
 from rlt_retrieval.eval.scored import Protocol, Scored
 from rlt_retrieval.model import VideoTextModel
 
+logger = logging.getLogger(__name__)
 Label = TypeVar("Label")
 TEXT_BATCH = 256
 PREFETCHED_CLIPS = 16
@@ -211,6 +213,12 @@ def evaluate_shards(
     if dataset:
         scored = _score_ek100(model, embedded, dataset)
     else:
+        if protocol is None and any(embedded.classes):
+            logger.warning(
+                "%s: clips with EK-100 classes but no dataset.json beside them: scored by their captions, not by "
+                "the EK-100 protocol; copy the file of these shards there",
+                shards[0].parent,
+            )
         scored = _score_captions(model, embedded, "msrvtt" if protocol == "msrvtt" else "captions")
     return ShardScores(scored, embedded, failures.failures)
 
@@ -228,16 +236,24 @@ def score(
     return _score_captions(model, embedded, "captions").result
 
 
-def middle_frames(embedded: ShardEmbeddings, rows: Sequence[int]) -> list[np.ndarray]:
-    """The middle frame of some embedded clips, small: uint8 [1, 3, 90, 160] for each row."""
+def middle_frames(
+    embedded: ShardEmbeddings, rows: Sequence[int], options: LoaderOptions
+) -> list[np.ndarray | None]:
+    """The middle frame of some embedded clips, small: uint8 [1, 3, 90, 160] for each row, None where it is lost."""
     wanted = {(embedded.shards[row], embedded.keys[row]) for row in rows}
+    media = {
+        (shard, entry.key): sample.media
+        for shard in dict.fromkeys(shard for shard, _ in wanted)
+        for entry in scan_shard(Path(shard))
+        if (shard, entry.key) in wanted and isinstance(sample := load_sample(entry), ShardSample)
+    }
+    places = list(media)
     frames: dict[tuple[str, str], np.ndarray] = {}
-    for shard in dict.fromkeys(shard for shard, _ in wanted):
-        for entry in scan_shard(Path(shard)):
-            if (shard, entry.key) in wanted and isinstance(sample := load_sample(entry), ShardSample):
-                clip = decode_clip(sample.media, num_frames=1, transform=THUMBNAIL)
-                frames[shard, entry.key] = clip.frames_TCHW.numpy()
-    return [frames[embedded.shards[row], embedded.keys[row]] for row in rows]
+    with WorkerPool(options.num_workers, options.decode_timeout_seconds) as pool:
+        for event in pool.run(decode_frames, [(content, 1, THUMBNAIL) for content in media.values()]):
+            if isinstance(event, Item):
+                frames[places[event.task]] = event.value
+    return [frames.get((embedded.shards[row], embedded.keys[row])) for row in rows]
 
 
 def _dataset(shards: Sequence[Path], protocol: Protocol | None) -> Ek100Dataset | None:

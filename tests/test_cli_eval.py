@@ -150,9 +150,14 @@ def test_a_query_bank_gives_a_row_of_its_own(
     tmp_path: Path, shards: Path, with_model: Callable[..., Ran]
 ) -> None:
     (tmp_path / "bank.txt").write_text("open fridge\nwash plate\n")
-    for bank in (tmp_path / "bank.txt", shards):
+    values = json.loads((shards / "dataset.json").read_text()) | {"split": "train"}
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "dataset.json").write_text(json.dumps(values))
+    for bank in (tmp_path / "bank.txt", tmp_path / "train"):
         rows = with_model(shards, "--query-bank", bank, "--json").json["extra_rows"]
         assert set(rows["QB-norm (uses a query bank; text to video only)"]) == {"text_to_video"}
+    leak = with_model(shards, "--query-bank", shards)
+    assert (leak.code, "test" in leak.error) == (1, True)
 
 
 def test_msrvtt_says_when_it_is_not_the_test_set(

@@ -203,12 +203,28 @@ def test_thumbnails_are_the_middle_frames_of_the_clips_asked_for(
         (s.shard, s.key): s.media for shard in shards for s in read_shard(shard) if isinstance(s, ShardSample)
     }
     rows = [3, 0, 2, 0]
-    for row, frames in zip(rows, middle_frames(embedded, rows), strict=True):
+    for row, frames in zip(rows, middle_frames(embedded, rows, HERE), strict=True):
+        assert frames is not None
         clip = media[embedded.shards[row], embedded.keys[row]]
         expected = decode_clip(clip, num_frames=1, transform=THUMBNAIL).frames_TCHW
         assert frames.shape == (1, 3, 90, 160)
         np.testing.assert_array_equal(frames, expected)
-    assert middle_frames(embedded, []) == []
+    assert middle_frames(embedded, [], HERE) == []
+    tiny_shards(tmp_path / "b2", ["other"])  # no such clip any more: a picture less, and nothing else
+    (tmp_path / "b2" / "clips-000000.tar").replace(shards[-1])
+    assert [frames is None for frames in middle_frames(embedded, [0, 3], HERE)] == [False, True]
+
+
+def test_ek100_clips_without_their_dataset_json_are_not_scored_by_captions_silently(
+    tiny_model: VideoTextModel, tiny_shards: TinyShards, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_shards(tmp_path / "plain", ["one", "two", "three"])
+    folder = write_ek100_copy(tmp_path / "plain", tmp_path / "ek100")
+    (folder / "dataset.json").unlink()
+    evaluate_shards(tiny_model, [folder], HERE, protocol="captions")
+    assert not caplog.messages
+    evaluate_shards(tiny_model, [folder], HERE)
+    assert "no dataset.json beside them" in caplog.text
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, 3), ("2", None)])

@@ -25,10 +25,13 @@ class Interval(NamedTuple):
 
 
 class ResampledMeans(NamedTuple):
-    """Means of every resample, float64 [R]; NaN where a resample has no query of that direction."""
+    """Means of every resample, float64 [R]; NaN where a resample has no query of that direction.
 
-    video_to_text: NDArray[np.float64]
+    All NaN where the counted queries of a direction come from fewer than two videos; the mean's then too.
+    """
+
     text_to_video: NDArray[np.float64]
+    video_to_text: NDArray[np.float64]
     mean: NDArray[np.float64]
 
     def minus(self, other: "ResampledMeans") -> "ResampledMeans":
@@ -36,7 +39,7 @@ class ResampledMeans(NamedTuple):
         return ResampledMeans(*(mine - theirs for mine, theirs in zip(self, other, strict=True)))
 
     def intervals(self) -> dict[str, Interval | None]:
-        """By direction; None where one video holds everything, so that nothing is known of the spread."""
+        """By direction; None where one video holds all its queries, so that nothing is known of the spread."""
         return {name: _interval(means) for name, means in self._asdict().items()}
 
 
@@ -55,14 +58,11 @@ def resampled_means(
     """
     videos, number_of = np.unique([*video_of_clip_V, *video_of_text_T], return_inverse=True)
     num_videos, num_clips = len(videos), len(video_of_clip_V)
-    if num_videos == 1:
-        nothing_R = np.full(num_resamples, np.nan)
-        return ResampledMeans(nothing_R, nothing_R, nothing_R)
     rng = np.random.default_rng(seed)
     weights_RC = rng.multinomial(num_videos, np.full(num_videos, 1 / num_videos), num_resamples)
     v2t_R = _means(weights_RC, video_queries_V, number_of[:num_clips])
     t2v_R = _means(weights_RC, text_queries_T, number_of[num_clips:])
-    return ResampledMeans(v2t_R, t2v_R, (v2t_R + t2v_R) / 2)
+    return ResampledMeans(text_to_video=t2v_R, video_to_text=v2t_R, mean=(v2t_R + t2v_R) / 2)
 
 
 def _means(
@@ -70,9 +70,13 @@ def _means(
 ) -> NDArray[np.float64]:
     counted = ~np.isnan(scores_Q)
     num_videos = weights_RC.shape[1]
+    count_C = np.bincount(video_of_Q[counted], minlength=num_videos)
+    means_R = np.full(len(weights_RC), np.nan)
+    if np.count_nonzero(count_C) < 2:
+        return means_R
     total_C = np.bincount(video_of_Q[counted], weights=scores_Q[counted], minlength=num_videos)
-    count_R = weights_RC @ np.bincount(video_of_Q[counted], minlength=num_videos)
-    return np.divide(weights_RC @ total_C, count_R, out=np.full(len(weights_RC), np.nan), where=count_R > 0)
+    count_R = weights_RC @ count_C
+    return np.divide(weights_RC @ total_C, count_R, out=means_R, where=count_R > 0)
 
 
 def _interval(means_R: NDArray[np.float64]) -> Interval | None:

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlt_retrieval.annotations import Classes, Ek100Dataset, relevancy
+from rlt_retrieval.annotations import NUM_OFFICIAL_CLIPS, Classes, Ek100Dataset, relevancy
 from rlt_retrieval.errors import MetricsError
 from rlt_retrieval.eval.bootstrap import ResampledMeans, resampled_means
 from rlt_retrieval.eval.metrics import Evaluation, QueryScores, average, evaluate_queries
-from rlt_retrieval.eval.protocols import Pairs, check_embeddings, inner_products
+from rlt_retrieval.eval.protocols import Pairs, check_embeddings, fine_inner_products
+
+NUM_OFFICIAL_SENTENCES = 3842  # of the test split, beside its official clips
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,24 +32,38 @@ class Ek100Result:
 
     @property
     def is_partial(self) -> bool:
-        return len(self.clip_ids) < self.dataset.num_official_clips
+        return len(self.clip_ids) < self.dataset.num_official_clips or self._lacks_sentences
+
+    @property
+    def _lacks_sentences(self) -> bool:
+        official, split = self.dataset.num_official_clips, self.dataset.split
+        is_official_test = split == "test" and official == NUM_OFFICIAL_CLIPS["test"]
+        return is_official_test and len(self.dataset.sentences) != NUM_OFFICIAL_SENTENCES
 
     @property
     def note(self) -> str | None:
         """What must be said beside the numbers; None where they are comparable with published ones."""
-        if self.is_partial:
-            return f"partial, {len(self.clip_ids):,} of {self.dataset.num_official_clips:,}, not comparable"
+        sentences = f"{len(self.dataset.sentences):,} of {NUM_OFFICIAL_SENTENCES:,} sentences"
+        if len(self.clip_ids) < self.dataset.num_official_clips:
+            clips = f"{len(self.clip_ids):,} of {self.dataset.num_official_clips:,}"
+            return f"partial, {clips}, not comparable" + (f"; {sentences}" if self._lacks_sentences else "")
+        if self._lacks_sentences:
+            return f"partial, {sentences}, not comparable"
         return None if self.dataset.split == "test" else "the train split, not comparable"
 
     def resampled(self) -> dict[str, ResampledMeans]:
         """mAP and nDCG of the same seeded resamples of videos, for intervals and paired differences."""
-        clips = [video_of(narration_id) for narration_id in self.clip_ids]
-        sentences = [video_of(sentence.narration_id) for sentence in self.dataset.sentences]
+        clips, sentences = self._videos()
         mine, theirs = self.clip_queries, self.sentence_queries
         return {
             "mAP": resampled_means(mine.average_precision, clips, theirs.average_precision, sentences),
             "nDCG": resampled_means(mine.ndcg, clips, theirs.ndcg, sentences),
         }
+
+    def _videos(self) -> tuple[list[str], list[str]]:
+        """The video of every clip and of every sentence."""
+        sentence_ids = (sentence.narration_id for sentence in self.dataset.sentences)
+        return list(map(video_of, self.clip_ids)), list(map(video_of, sentence_ids))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: `Evaluation.to_dict`, counts, the note, 95 % intervals by metric and direction."""
@@ -58,6 +74,7 @@ class Ek100Result:
             "num_texts": len(self.dataset.sentences),
             "num_official_clips": self.dataset.num_official_clips,
             "partial": self.is_partial,
+            "num_source_videos": len(set().union(*self._videos())),  # what the intervals resample
             "intervals": {name: means.intervals() for name, means in self.resampled().items()},
         }
 
@@ -86,7 +103,7 @@ def ek100_protocol(
 def ek100_pairs(
     z_video_VD: NDArray[Any], clip_classes: Sequence[Classes], z_text_SD: NDArray[Any], dataset: Ek100Dataset
 ) -> Pairs:
-    """What `ek100_protocol` ranks: all inner products and all relevancies."""
+    """What `ek100_protocol` ranks: all inner products, float64, and all relevancies."""
     check_embeddings(z_video_VD, z_text_SD)
     if len(z_video_VD) != len(clip_classes) or len(z_text_SD) != len(dataset.sentences):
         raise MetricsError(
@@ -94,7 +111,7 @@ def ek100_pairs(
             f"{len(clip_classes)} clips and {len(dataset.sentences)} sentences"
         )
     sentence_classes = [sentence.classes for sentence in dataset.sentences]
-    return Pairs(inner_products(z_video_VD, z_text_SD), relevancy(clip_classes, sentence_classes))
+    return Pairs(fine_inner_products(z_video_VD, z_text_SD), relevancy(clip_classes, sentence_classes))
 
 
 def score_pairs(pairs: Pairs, clip_ids: Sequence[str], dataset: Ek100Dataset) -> Ek100Result:

@@ -4,12 +4,14 @@ Keys: video_ids, video_embeddings, text_ids, text_embeddings, and maybe bank_emb
 QB-norm). Ids are text; a row of embeddings for each. Shapes: N rows, D embedding.
 """
 
+import lzma
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,18 @@ from rlt_retrieval.errors import MetricsError
 
 REQUIRED = ("video_ids", "video_embeddings", "text_ids", "text_embeddings")
 BANK = "bank_embeddings"
+# RuntimeError: an encrypted member or (NotImplementedError) an unknown compression. TokenError, SyntaxError: a torn
+# header of an array, which numpy reads as a Python literal.
+BROKEN = (
+    ValueError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    TokenError,
+    SyntaxError,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,15 +96,41 @@ def write_embeddings(
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:
     try:
+        _check_is_zip(path)
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in (*REQUIRED, BANK) if name in archive.files}
+            arrays = {name: archive[name] for name in (*REQUIRED, BANK) if name in archive.files}
     except OSError as error:
         raise MetricsError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    # AttributeError, TypeError: a single array (.npy) is neither a context manager nor has it files
-    except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except MemoryError as error:
+        raise MetricsError(f"{path}: its arrays do not fit in memory; write fewer rows or float16") from error
+    except BROKEN as error:
+        raise MetricsError(_no_plain_arrays(path, error)) from error
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # numpy gives bytes for a member that is something else
+            raise MetricsError(f"{path}: {name} is not an array; write the file with numpy.savez")
+    return arrays
+
+
+def _check_is_zip(path: Path) -> None:
+    """Before numpy sees it: of other files numpy only says that they might be loaded by unpickling."""
+    with path.open("rb") as file:
+        magic = file.read(6)
+    if magic == b"\x93NUMPY":
         raise MetricsError(
-            f"{path}: not an .npz of plain arrays ({error}); write it with numpy.savez"
-        ) from error
+            f"{path}: not an .npz of plain arrays but a single array (.npy); write ids and embeddings with numpy.savez"
+        )
+    if magic[:4] not in (b"PK\x03\x04", b"PK\x05\x06"):
+        raise MetricsError(f"{path}: not an .npz of plain arrays; write it with numpy.savez")
+
+
+def _no_plain_arrays(path: Path, error: Exception) -> str:
+    problem = (str(error) or type(error).__name__).splitlines()[0]
+    if problem.startswith("Object arrays"):
+        return (
+            f"{path}: not an .npz of plain arrays but of Python objects; write ids as ids.astype(str), "
+            "embeddings as floats"
+        )
+    return f"{path}: not an .npz of plain arrays ({problem}); write it with numpy.savez"
 
 
 def _ids(path: Path, arrays: dict[str, NDArray[Any]], kind: str) -> list[str]:

@@ -16,7 +16,7 @@ from rlt_retrieval.eval.scored import Scored
 
 NUM_QUERIES, NUM_HITS = 5, 4
 
-Pictures = Callable[[Sequence[int]], Sequence[bytes]]  # rows of clips → PNGs
+Pictures = Callable[[Sequence[int]], Sequence[bytes | None]]  # rows of clips → PNGs, None where there is none
 
 
 class Hit(NamedTuple):
@@ -112,7 +112,7 @@ def _name(scored: Scored, clip: int) -> str:
     return f"{scored.clip_ids[clip]}: {scored.clip_texts[clip]}"
 
 
-def _drawn(query: Query, picture_of: Mapping[int, bytes]) -> Iterable[Html]:
+def _drawn(query: Query, picture_of: Mapping[int, bytes | None]) -> Iterable[Html]:
     own = picture_of.get(query.clip) if query.clip is not None else None
     cards = [
         HitCard(
@@ -124,7 +124,7 @@ def _drawn(query: Query, picture_of: Mapping[int, bytes]) -> Iterable[Html]:
         )
         for rank, hit in enumerate(query.hits, 1)
     ]
-    yield hit_grid([(query.label, cards)])
     if own:
-        yield image_row([(own, "the clip")])
+        yield image_row([(own, "the query")])
+    yield hit_grid([(query.label, cards)])
     yield paragraph(f"AP {query.average_precision:.3f}")

@@ -4,6 +4,7 @@ Figures are made without pyplot, so that no global state changes; the same numbe
 """
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
+
+RECALL_TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 Series = Mapping[str, tuple[ArrayLike, ArrayLike]]
 
@@ -29,8 +32,11 @@ def recall_curves(series: Series) -> bytes:
     _draw_lines(axes, series)
     axes.set_xscale("log")
     axes.set_ylim(0, 1.02)
-    axes.xaxis.set_major_formatter("{x:g}")
-    return _finished(figure, axes, "k", "recall at k", "Recall", len(series))
+    largest_k = max(np.max(ks) for ks, _ in series.values())
+    axes.set_xticks([k for k in RECALL_TICKS if k <= largest_k])
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    return _finished(figure, axes, "k", "queries with a right item in the first k", "Recall", len(series))
 
 
 def histogram(
@@ -39,9 +45,9 @@ def histogram(
     """Shares of values in [0, 1], one outline a name: directions with unequal numbers of queries can be compared."""
     figure, (axes,) = _figure(1)
     edges = np.linspace(0, 1, num_bins + 1)
-    for name, numbers in values.items():
+    for (name, numbers), style in zip(values.items(), itertools.cycle(("-", "--")), strict=False):
         counts, _ = np.histogram(numbers, edges)
-        axes.stairs(counts / max(1, len(numbers)), edges, label=name, fill=True, alpha=0.45)
+        axes.stairs(counts / max(1, len(numbers)), edges, label=name, linewidth=1.6, linestyle=style)
     axes.set_xlim(0, 1)
     return _finished(figure, axes, xlabel, ylabel, title, len(values))
 

@@ -14,13 +14,16 @@ from rlt_retrieval.errors import MetricsError
 from rlt_retrieval.eval.metrics import RankScores, evaluate, recall_at_k
 
 ROWS_PER_PRODUCT = 1024
+DECIMALS = (
+    12  # of products of unit vectors; what a matrix product's order of summation changes lies far below
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """What is ranked, both [videos, texts]. similarity: float32; relevancy: float64 in [0, 1], or bool."""
+    """What is ranked, both [videos, texts]. similarity: float32 or float64; relevancy: float64 in [0, 1], or bool."""
 
-    similarity: NDArray[np.float32]
+    similarity: NDArray[np.floating[Any]]
     relevancy: NDArray[Any]
 
 
@@ -159,13 +162,58 @@ def inner_products(videos_ND: NDArray[Any], texts_QD: NDArray[Any]) -> NDArray[n
 
     A float32 matrix product may round equal inner products differently from block to block; summed in float64
     and then rounded, equal pairs tie, so a collapsed model cannot look better than it is.
+
+    Raises MetricsError: embeddings so large that a product may not fit float32.
     """
+    _largest_product(videos_ND, texts_QD, float(np.finfo(np.float32).max))
     texts_DQ = texts_QD.astype(np.float64).T
     similarity_NQ = np.empty((len(videos_ND), len(texts_QD)), dtype=np.float32)
-    for start in range(0, len(videos_ND), ROWS_PER_PRODUCT):
-        rows = slice(start, start + ROWS_PER_PRODUCT)
+    for rows in _row_chunks(len(videos_ND)):
         similarity_NQ[rows] = videos_ND[rows].astype(np.float64) @ texts_DQ
     return similarity_NQ
+
+
+def fine_inner_products(videos_ND: NDArray[Any], texts_QD: NDArray[Any]) -> NDArray[np.float64]:
+    """Inner products in float64, rounded to 12 decimals so that equal pairs tie, as in `inner_products`.
+
+    Decimals are those of unit vectors: others are rounded at 1e-12 of the largest norms, to a power of two.
+    Raises MetricsError: embeddings so large that a product may not fit float64.
+    """
+    largest = _largest_product(videos_ND, texts_QD, float(np.finfo(np.float64).max))
+    scale = 2.0 ** round(np.log2(largest)) if largest else 1.0  # a power of two: dividing by it is exact
+    texts_DQ = texts_QD.astype(np.float64).T
+    similarity_NQ = np.empty((len(videos_ND), len(texts_QD)))
+    for rows in _row_chunks(len(videos_ND)):
+        products_RQ = similarity_NQ[rows]
+        np.matmul(videos_ND[rows].astype(np.float64) / scale, texts_DQ, out=products_RQ)
+        np.round(products_RQ, DECIMALS, out=products_RQ)
+        products_RQ *= scale
+    return similarity_NQ
+
+
+def _row_chunks(num_rows: int) -> list[slice]:
+    return [slice(start, start + ROWS_PER_PRODUCT) for start in range(0, num_rows, ROWS_PER_PRODUCT)]
+
+
+def _largest_product(videos_ND: NDArray[Any], texts_QD: NDArray[Any], limit: float) -> float:
+    """The largest norms multiplied: no inner product, nor any part of its sum, is beyond that (Cauchy-Schwarz)."""
+    norms_N, norms_Q = norms(videos_ND), norms(texts_QD)
+    with np.errstate(over="ignore", invalid="ignore"):
+        largest = float(norms_N.max() * norms_Q.max())
+    if not largest <= limit / 2:  # half: norms round too; and infinity times 0 is NaN
+        raise MetricsError(
+            f"video embedding {norms_N.argmax()} (norm {norms_N.max():.3g}) and text embedding {norms_Q.argmax()} "
+            f"(norm {norms_Q.max():.3g}): their inner product overflows; normalise the embeddings"
+        )
+    return largest
+
+
+def norms(z_ND: NDArray[Any]) -> NDArray[np.float64]:
+    """Norms of the rows; infinite where the square overflows."""
+    with np.errstate(over="ignore"):
+        return np.concatenate(
+            [np.linalg.norm(z_ND[rows].astype(np.float64), axis=1) for rows in _row_chunks(len(z_ND))]
+        )
 
 
 def _merged(texts: Sequence[str] | None, num_captions: int) -> tuple[list[int], list[int]]:

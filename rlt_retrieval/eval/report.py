@@ -72,6 +72,11 @@ def paragraph(text: str) -> Html:
     return Html(f"<p>{html.escape(text)}</p>")
 
 
+def warning(text: str) -> Html:
+    """A paragraph that stands out."""
+    return Html(f"<p><strong>{html.escape(text)}</strong></p>")
+
+
 def table(
     headers: Sequence[str],
     rows: Iterable[Sequence[Cell]],
@@ -250,7 +255,8 @@ def _counts(result: Mapping[str, Any]) -> str:
     """What was ranked, and whatever was left out or tied, in words; empty when nothing is known of it."""
     said = []
     if "num_videos" in result:
-        said.append(f"{result['num_videos']:,} videos, {result['num_texts']:,} texts")
+        kind = "clips" if "num_source_videos" in result else "videos"  # EK-100 cuts its clips out of videos
+        said.append(f"{result['num_videos']:,} {kind}, {result['num_texts']:,} texts")
     if result.get("num_merged_texts"):
         said.append(f"{result['num_merged_texts']:,} repeated captions merged")
     for direction in DIRECTIONS:
@@ -259,7 +265,10 @@ def _counts(result: Mapping[str, Any]) -> str:
                 said.append(f"{direction.replace('_', ' ')} {key.replace('_', ' ')}: {count:,}")
     for name, intervals in result.get("intervals", {}).items():
         if interval := intervals["mean"]:
-            said.append(f"{name} 95 % interval over videos: {interval[0]:.3f} to {interval[1]:.3f}")
+            over = f"{result['num_source_videos']:,} videos"
+            said.append(f"mean {name}, 95 % interval over {over}: {interval[0]:.3f} to {interval[1]:.3f}")
+    if "extra_rows_note" in result:
+        said.append(result["extra_rows_note"])
     return "; ".join([*([result["note"]] if result.get("note") else []), *said])
 
 

@@ -4,6 +4,7 @@ Shapes: V clips.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from rlt_retrieval.eval.embedding_file import write_embeddings
 from rlt_retrieval.eval.examples import Pictures, example_queries
 from rlt_retrieval.eval.metrics import evaluate_queries, recall_at_k
 from rlt_retrieval.eval.protocols import Pairs
-from rlt_retrieval.eval.report import heading, image_row, page, paragraph, table, write_report
+from rlt_retrieval.eval.report import heading, image_row, page, paragraph, table, warning, write_report
 from rlt_retrieval.eval.scored import Scored
 from rlt_retrieval.eval.tables import facts, markdown, result_tables
 
@@ -47,6 +48,9 @@ def write_report_folder(folder: Path, run: Evaluated) -> None:
         ShardError, RetrievalError: disk full, folder not writable.
     """
     make_folder(folder)
+    # The numbers first: a plot or a picture that fails must not lose them.
+    _write(folder / "result.json", json.dumps({"name": run.name, **run.values}, indent=2).encode())
+    _write(folder / "result.md", markdown(run.name, run.values).encode())
     plots = _plots(run)
     for name, png in plots.items():
         _write(folder / f"{name}.png", png)
@@ -60,8 +64,6 @@ def write_report_folder(folder: Path, run: Evaluated) -> None:
         scored.z_bank_BD,
     )
     write_report(folder / "report.html", _html(run, plots))
-    _write(folder / "result.md", markdown(run.name, run.values).encode())
-    _write(folder / "result.json", json.dumps({"name": run.name, **run.values}, indent=2).encode())
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -69,7 +71,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _html(run: Evaluated, plots: Mapping[str, bytes]) -> str:
-    note = [paragraph(run.scored.note)] if run.scored.note else []
+    note = [warning(run.scored.note)] if run.scored.note else []
     parts = [*note, paragraph(" ".join(facts(run.values)))]
     for title, remark, headers, rows in result_tables(run.name, run.values):
         parts += [heading(title), *([paragraph(remark)] if remark else []), table(headers, rows)]
@@ -90,10 +92,14 @@ def _plots(run: Evaluated) -> dict[str, bytes]:
     precisions = {
         name: q.average_precision[~np.isnan(q.average_precision)] for name, q in by_direction.items()
     }
+    num_texts, num_clips = (len(values) for values in precisions.values())  # those left out have no AP
+    title = f"Average precision of {num_texts:,} text and {num_clips:,} clip queries"
     plots = {
-        "average_precision": histogram(precisions, "AP of a query", "share of queries", "Average precision"),
+        "average_precision": histogram(precisions, "AP of a query", "share of queries", title),
         "recall": recall_curves(_recall_at(pairs)),
-        "similarity": heat_maps(_sample_maps(pairs), "text", "clip"),
+        "similarity": heat_maps(
+            _sample_maps(pairs), "text (one that fits a row)", "clip (row of the sample)"
+        ),
     }
     if run.kept_share_V is not None:
         plots["tokens_kept"] = histogram(
@@ -119,7 +125,12 @@ def _recall_at(pairs: Pairs) -> dict[str, tuple[list[int], list[float]]]:
 def _sample_maps(pairs: Pairs) -> dict[str, NDArray[Any]]:
     """Similarity and relevancy of evenly spaced clips and, for each, one of its most relevant texts."""
     num_clips = len(pairs.similarity)
-    rows = np.unique(np.linspace(0, num_clips - 1, min(HEAT_MAP_SIDE, num_clips)).astype(int))
+    step = math.ceil(num_clips / HEAT_MAP_SIDE)
+    rows = np.arange(0, num_clips, step)
     columns = list(dict.fromkeys(pairs.relevancy[rows].argmax(axis=1).tolist()))
     part = np.ix_(rows, columns)
-    return {"Similarity (a sample)": pairs.similarity[part], "Relevancy": pairs.relevancy[part].astype(float)}
+    sample = f"one clip every {step:,} rows" if step > 1 else "every clip"
+    return {
+        f"Similarity, {sample}": pairs.similarity[part],
+        f"Relevancy, {sample}": pairs.relevancy[part].astype(float),
+    }

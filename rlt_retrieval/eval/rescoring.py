@@ -12,14 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlt_retrieval.eval.protocols import norms
+
 Array = NDArray[np.floating[Any]]
 
 DUAL_SOFTMAX_SCALE = 100.0  # CLIP's largest logit scale (arXiv 2103.00020, section 2.5)
 QB_NORM_SCALE = 20.0  # β of the published code, github.com/ioanacroi/qb-norm
 BANK_ROWS_PER_PRODUCT = 1024
+NORM_TOLERANCE = 1e-3
 
 DUAL_SOFTMAX = "dual softmax (uses all test queries)"
 QB_NORM = "QB-norm (uses a query bank; text to video only)"
+NEED_UNIT_NORM = "extra rows need unit-norm embeddings; left out"
 
 
 def extra_rows(
@@ -40,6 +44,11 @@ def extra_rows(
         normed_TV = qb_norm(similarity_VT.T, z_video_VD, z_bank_BD)
         rows[QB_NORM] = {"text_to_video": score(normed_TV.T)["text_to_video"]}
     return rows
+
+
+def are_unit_norm(*embeddings_of: Array) -> bool:
+    """Whether every row's norm is about 1: the fixed scales above are meant for cosine similarities."""
+    return all((np.abs(norms(z_ND) - 1) <= NORM_TOLERANCE).all() for z_ND in embeddings_of)
 
 
 def dual_softmax(similarity_QG: Array, scale: float = DUAL_SOFTMAX_SCALE) -> NDArray[np.float64]:

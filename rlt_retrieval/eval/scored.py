@@ -26,7 +26,7 @@ from rlt_retrieval.eval.ek100 import Ek100Result, compare, ek100_pairs, score_pa
 from rlt_retrieval.eval.embedding_file import read_embeddings
 from rlt_retrieval.eval.metrics import evaluate
 from rlt_retrieval.eval.protocols import Pairs, ProtocolResult, caption_pairs, similarity_protocol
-from rlt_retrieval.eval.rescoring import extra_rows
+from rlt_retrieval.eval.rescoring import NEED_UNIT_NORM, are_unit_norm, extra_rows
 
 Protocol = Literal["ek100", "msrvtt", "captions"]
 NUM_MSRVTT_1KA = 1000
@@ -37,7 +37,7 @@ class Scored:
     """Numbers of a protocol and what they were computed from.
 
     note: what must be said beside the numbers (None: nothing). z_bank_BD: further text queries, for QB-norm.
-    extra_rows: see `with_extra_rows`.
+    extra_rows: see `with_extra_rows`; extra_rows_note says why there are none.
     """
 
     protocol: Protocol
@@ -52,15 +52,17 @@ class Scored:
     note: str | None = None
     z_bank_BD: NDArray[Any] | None = None
     extra_rows: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    extra_rows_note: str | None = None
 
     @property
     def is_partial(self) -> bool:
         return isinstance(self.result, Ek100Result) and self.result.is_partial
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the result's own keys, "protocol", "note", and "extra_rows" where there are any."""
+        """For JSON: the result's own keys, "protocol", "note", and "extra_rows" or "extra_rows_note", where given."""
         values = {"protocol": self.protocol, **self.result.to_dict(), "note": self.note}
-        return values | ({"extra_rows": dict(self.extra_rows)} if self.extra_rows else {})
+        extra = {"extra_rows": dict(self.extra_rows), "extra_rows_note": self.extra_rows_note}
+        return values | {name: value for name, value in extra.items() if value}
 
 
 def score_ek100(
@@ -116,7 +118,13 @@ def score_captions(
 
 
 def with_extra_rows(scored: Scored) -> Scored:
-    """The same with dual softmax and, where there is a bank, QB-norm; see `eval.rescoring`."""
+    """The same with dual softmax and, where there is a bank, QB-norm; see `eval.rescoring`.
+
+    Embeddings that are not of about unit norm get no such rows, and a note.
+    """
+    bank = () if scored.z_bank_BD is None else (scored.z_bank_BD,)
+    if not are_unit_norm(scored.z_video_VD, scored.z_text_TD, *bank):
+        return replace(scored, extra_rows_note=NEED_UNIT_NORM)
     relevancy = scored.pairs.relevancy
 
     def score(similarity_VT: NDArray[Any]) -> dict[str, Any]:
@@ -175,7 +183,7 @@ def read_query_bank(path: str | Path) -> list[str]:
     """Queries for QB-norm, each once: lines of a text file, or the sentences of a folder of training shards.
 
     Raises:
-        SourceError: missing, not UTF-8, no query in it.
+        SourceError: missing, not UTF-8, no query in it, the test split.
         AnnotationError: a damaged dataset.json.
     """
     path = Path(path)
@@ -185,6 +193,11 @@ def read_query_bank(path: str | Path) -> list[str]:
         if dataset is None:
             raise SourceError(
                 f"{described}: no EPIC-KITCHENS-100 sentences in it; give a text file, one query a line"
+            )
+        if dataset.split == "test":
+            raise SourceError(
+                f"{described}: sentences of the test split; a query bank must not be what is evaluated, give the "
+                "train split's"
             )
         return list(dict.fromkeys(sentence.text for sentence in dataset.sentences))
     try:

@@ -115,6 +115,9 @@ def facts(values: Values) -> list[str]:
     if "keep_ratio" in values:
         said.append(f"Tokens kept: {values['keep_ratio']:.1%}. Samples skipped: {values['skipped']:,}.")
     said.append("Ties count against the query; “tied” says for how many queries that decided the order.")
+    said.append("“left out” counts queries with nothing to find in this set: they are in no mean.")
+    if "extra_rows_note" in values:
+        said.append(f"{values['extra_rows_note'].capitalize()}.")
     if "intervals" in values:
         said.append(
             "In brackets: 95 % intervals from a bootstrap over videos with the gallery fixed; they say nothing of the "

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlt_retrieval.eval.bootstrap import Interval, ResampledMeans, resampled_means
+from rlt_retrieval.eval.bootstrap import ResampledMeans, resampled_means
 
 NAN = np.nan
 
@@ -24,10 +24,24 @@ def test_each_resample_weighs_whole_videos_by_hand():
 
 
 def test_queries_left_out_do_not_count():
-    means = resampled_means(np.array([NAN, 0.2, 1.0]), ["a", "a", "b"], np.ones(1), ["a"], num_resamples=200)
-    assert set(means.video_to_text.round(9)) == {0.2, 0.6, 1.0}
-    assert np.isnan(means.text_to_video).any()  # b twice: no text
-    assert means.intervals()["text_to_video"] == Interval(1.0, 1.0)
+    means = resampled_means(
+        np.array([NAN, 0.2, 1.0]), ["a", "a", "b"], np.ones(2), ["b", "c"], num_resamples=200
+    )
+    known = means.video_to_text[~np.isnan(means.video_to_text)]
+    assert {0.2, 0.6, 1.0} <= set(known.round(9))
+    assert np.isnan(means.text_to_video).any()  # a three times: no text
+    assert means.intervals()["video_to_text"] is not None
+
+
+@pytest.mark.parametrize("scores", [[0.5, 0.5, NAN], [NAN, NAN, NAN]])
+def test_a_direction_whose_counted_queries_are_of_one_video_has_no_interval(scores) -> None:
+    """Its resamples would all give the same mean: an interval of no width, as if it were certain."""
+    means = resampled_means(np.array([0.1, 0.2, 0.9]), list("aab"), np.array(scores), list("aab"))
+    intervals = means.intervals()
+    assert list(intervals) == ["text_to_video", "video_to_text", "mean"]
+    assert (intervals["text_to_video"], intervals["mean"]) == (None, None)
+    assert intervals["video_to_text"] == pytest.approx((0.15, 0.9))
+    assert means.minus(means).intervals()["mean"] is None
 
 
 def test_equals_a_slow_resampler(rng):

@@ -17,7 +17,8 @@ from rlt_retrieval.annotations import (
 )
 from rlt_retrieval.errors import MetricsError
 from rlt_retrieval.eval import evaluate
-from rlt_retrieval.eval.ek100 import compare, ek100_protocol, video_of
+from rlt_retrieval.eval.ek100 import Ek100Result, compare, ek100_protocol, video_of
+from rlt_retrieval.eval.protocols import fine_inner_products
 
 
 def oracle_result(num_clips=10, num_official=10, noise=0.0, seed=0):
@@ -29,27 +30,55 @@ def oracle_result(num_clips=10, num_official=10, noise=0.0, seed=0):
     )
 
 
+def official_sentences(count):
+    return tuple(Ek100Sentence(f"P0{1 + n % 2}_01_{n}", "cut", Classes(0, (1,))) for n in range(count))
+
+
 def test_an_oracle_scores_one_in_both_directions():
     values = oracle_result().to_dict()
     for direction in ("text_to_video", "video_to_text", "mean"):
         assert values[direction]["mAP"] == pytest.approx(1, abs=1e-9)
         assert values[direction]["nDCG"] == pytest.approx(1, abs=1e-9)
     assert (values["num_videos"], values["num_texts"], values["partial"]) == (10, 5, False)
+    assert values["num_source_videos"] == 3
     assert oracle_result().note is None
 
 
 def test_numbers_are_those_of_the_relevancies_and_inner_products(rng):
     z_video, z_text = rng.standard_normal((10, 4)), rng.standard_normal((5, 4))
     result = ek100_protocol(z_video, clip_ids(10), clip_classes(10), z_text, sentence_set(10))
-    similarity = (z_video @ z_text.T).astype(np.float32)
-    assert result.scores == evaluate(similarity, relevancy(clip_classes(10), SENTENCE_CLASSES))
+    expected = evaluate(z_video @ z_text.T, relevancy(clip_classes(10), SENTENCE_CLASSES))
+    assert result.scores == expected
+
+
+def test_scores_that_differ_by_less_than_float32_shows_are_no_tie():
+    """Clip 0 is nearer to its sentence by 1e-9; in float32 that would be a tie, and count against it."""
+    z_text = np.array([[0.5, 0.0], [0.5 - 1e-9, 0.0]])
+    sentences = sentence_set(2).sentences[::2][:2]  # of no common class
+    classes = [sentence.classes for sentence in sentences]
+    result = ek100_protocol(
+        np.eye(2)[:1], clip_ids(1), classes[:1], z_text, Ek100Dataset("test", 1, sentences)
+    )
+    assert result.scores.mean_average_precision.video_to_text == 1
+    assert result.to_dict()["video_to_text"]["tied"] == 0
+
+
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e8])
+def test_equal_pairs_tie_whatever_the_matrix_product_rounds(rng, size):
+    """As a collapsed model's; the size of the embeddings changes nothing."""
+    videos = np.repeat(rng.standard_normal((1, 67)), 1103, 0)
+    texts = np.repeat(rng.standard_normal((1, 67)), 41, 0)
+    products = fine_inner_products(size * videos, size * texts)
+    assert products.dtype == np.float64
+    assert (products == products[0, 0]).all()
+    assert products[0, 0] == pytest.approx(size**2 * videos[0] @ texts[0], rel=1e-9)
 
 
 def test_a_partial_set_is_scored_on_its_sub_matrix_and_says_so():
     """Three clips of classes 0, 1, 2: sentences 3 and 4 have no exact match there, but partly fitting clips."""
     result = oracle_result(num_clips=3, num_official=9668)
     assert result.is_partial
-    assert result.note == "partial, 3 of 9,668, not comparable"
+    assert result.note == "partial, 3 of 9,668, not comparable; 5 of 3,842 sentences"
     scores = result.scores
     assert (scores.mean_average_precision.text_to_video_left_out, scores.ndcg.text_to_video_left_out) == (
         2,
@@ -59,6 +88,21 @@ def test_a_partial_set_is_scored_on_its_sub_matrix_and_says_so():
     values = result.to_dict()
     assert values["text_to_video"]["mAP_left_out"] == 2
     assert (values["partial"], values["num_official_clips"]) == (True, 9668)
+
+
+@pytest.mark.parametrize(
+    ("clips", "sentences", "note"),
+    [
+        (9668, 3842, None),
+        (9668, 3841, "partial, 3,841 of 3,842 sentences, not comparable"),
+        (9667, 3842, "partial, 9,667 of 9,668, not comparable"),
+    ],
+)
+def test_the_official_test_split_is_whole_with_all_its_sentences_too(clips, sentences, note):
+    dataset = Ek100Dataset("test", 9668, official_sentences(sentences))
+    one = oracle_result()
+    result = Ek100Result(one.scores, one.clip_queries, one.sentence_queries, clip_ids(clips), dataset)
+    assert (result.is_partial, result.note) == (note is not None, note)
 
 
 def test_the_train_split_is_not_comparable_even_when_whole():

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from rlt_retrieval.errors import MetricsError
-from rlt_retrieval.eval.protocols import captions_protocol, choice_accuracy, similarity_protocol
+from rlt_retrieval.eval.protocols import (
+    captions_protocol,
+    choice_accuracy,
+    fine_inner_products,
+    inner_products,
+    similarity_protocol,
+)
 
 DIRECTION_KEYS = [
     "recall@1",
@@ -49,6 +55,20 @@ def test_a_collapsed_model_scores_zero(rng):
     assert (result.text_to_video.ranks.recall[10], result.video_to_text.ranks.recall[10]) == (0.0, 0.0)
     assert result.text_to_video.ranks.median_rank == 1103
     assert result.video_to_text.ranks.median_rank == 41
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("products", "size"),
+    [(inner_products, 1e25), (fine_inner_products, 1e170), (fine_inner_products, np.inf)],
+)
+def test_products_that_overflow_are_refused_by_name(products, size):
+    videos = np.eye(3)
+    videos[1, 1] = size
+    texts = np.eye(3) * min(size, 1e200)
+    with pytest.raises(MetricsError, match=r"video embedding 1 .*overflows; normalise") as raised:
+        products(videos, texts)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_video_succeeds_at_the_best_of_its_captions():

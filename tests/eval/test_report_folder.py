@@ -14,8 +14,10 @@ from PIL import Image
 from rlt_retrieval.errors import RetrievalError
 from rlt_retrieval.eval.embedding_file import read_embeddings
 from rlt_retrieval.eval.examples import NUM_HITS, NUM_QUERIES, example_queries, extreme_queries, first_hits
+from rlt_retrieval.eval.protocols import Pairs
 from rlt_retrieval.eval.published import EK100_ROWS
-from rlt_retrieval.eval.report_folder import Evaluated, write_report_folder
+from rlt_retrieval.eval.report import metrics_table
+from rlt_retrieval.eval.report_folder import Evaluated, _sample_maps, write_report_folder
 from rlt_retrieval.eval.scored import Scored, comparison, score_captions, score_ek100, with_extra_rows
 from rlt_retrieval.eval.tables import markdown, result_tables
 from rlt_retrieval.viz import png_bytes
@@ -27,6 +29,7 @@ PNG = png_bytes(np.zeros((2, 2, 3), dtype=np.uint8))
 def ek100_scored(num_clips: int = 20, num_official: int = 20, noise: float = 0.3, seed: int = 0) -> Scored:
     z = oracle_embeddings([*clip_classes(num_clips), *SENTENCE_CLASSES])
     z += noise * np.random.default_rng(seed).standard_normal(z.shape)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
     scored = score_ek100(
         z[:num_clips],
         clip_ids(num_clips),
@@ -102,12 +105,50 @@ def test_the_markdown_stands_beside_the_published_rows() -> None:
 
 
 def test_a_partial_set_says_so_everywhere(tmp_path: Path) -> None:
-    note = "partial, 20 of 9,668, not comparable"
+    note = "partial, 20 of 9,668, not comparable; 5 of 3,842 sentences"
     write_report_folder(tmp_path, evaluated(ek100_scored(num_official=9668)))
     assert f"**{note}**" in (tmp_path / "result.md").read_text()
     assert f"| my run ({note}) |" in (tmp_path / "result.md").read_text()
-    assert (tmp_path / "report.html").read_text().count(note) == 2
+    page = (tmp_path / "report.html").read_text()
+    assert page.count(note) == 2
+    assert f"<strong>{note}</strong>" in page
     assert json.loads((tmp_path / "result.json").read_text())["note"] == note
+
+
+def test_a_picture_that_fails_loses_nothing(tmp_path: Path) -> None:
+    """No thumbnail: the card stands without. An error in making them: the numbers are there already."""
+    scored = ek100_scored()
+    write_report_folder(tmp_path / "none", evaluated(scored, pictures=lambda rows: [None] * len(rows)))
+    assert (tmp_path / "none" / "report.html").read_text().count("<img") == 3  # the plots
+
+    def fail(rows):
+        raise RetrievalError("no picture")
+
+    with pytest.raises(RetrievalError, match="no picture"):
+        write_report_folder(tmp_path / "error", evaluated(scored, pictures=fail))
+    assert {"result.json", "result.md", "embeddings.npz"} <= set(os.listdir(tmp_path / "error"))
+
+
+def test_the_words_explain_the_columns(tmp_path: Path) -> None:
+    write_report_folder(tmp_path, evaluated(ek100_scored()))
+    for name in ("result.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert "“left out” counts queries with nothing to find in this set" in text
+        assert text.index("text to video") < text.index("video to text")
+
+
+def test_the_terminal_says_clips_and_over_how_many_videos() -> None:
+    last = metrics_table({"x": ek100_scored().to_dict()}).splitlines()[-1]
+    assert last.startswith("x: 20 clips, 5 texts;")
+    assert "; mean mAP, 95 % interval over 3 videos: " in last
+
+
+def test_a_sample_of_the_matrix_says_which_rows_it_holds() -> None:
+    pairs = Pairs(np.arange(90.0 * 2).reshape(90, 2), np.eye(90, 2))
+    maps = _sample_maps(pairs)
+    assert list(maps) == ["Similarity, one clip every 3 rows", "Relevancy, one clip every 3 rows"]
+    np.testing.assert_array_equal(maps["Similarity, one clip every 3 rows"][:, 0], pairs.similarity[::3, 0])
+    assert "Similarity, every clip" in _sample_maps(Pairs(np.eye(5), np.eye(5)))
 
 
 def test_msrvtt_needs_the_1k_a_set_to_be_comparable_and_does_not_merge() -> None:
@@ -128,6 +169,7 @@ def test_a_comparison_is_in_the_markdown() -> None:
     difference = 100 * (first.to_dict()["mean"]["mAP"] - second.to_dict()["mean"]["mAP"])
     assert "## Minus other.npz" in text
     assert f"| mAP | mean | {difference:+.2f} |" in text
+    assert text.index("| mAP | text to video |") < text.index("| mAP | video to text |")
 
 
 def test_a_cell_cannot_break_the_markdown_table() -> None:
@@ -158,7 +200,10 @@ def test_pictures_are_asked_for_once_and_shown_beside_their_clips() -> None:
         asked.append(list(rows))
         return [f"picture of {row}".encode() for row in rows]
 
-    assert "<img" in "".join(example_queries(scored, pictures))
+    page = "".join(example_queries(scored, pictures))
+    assert "<img" in page
+    clip_part = page.split("Best clips")[1]
+    assert clip_part.index("the query") < clip_part.index('class="query"')  # then come its texts
     assert len(asked) == 1
     assert asked[0] == sorted(set(asked[0]))
     assert "<img" not in "".join(example_queries(scored, None))
