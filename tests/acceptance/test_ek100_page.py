@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import pytest
+from ek100_files import CLIP_HEADER
 from safetensors.torch import save_file
 
 from rlt_retrieval.data.video import encode_mp4
@@ -28,18 +29,6 @@ TWO_STEPS = (
     "model.backbone=ViT-B-32 model.pretrained=weights.safetensors video.num_frames=4 "
     "optim.steps=2 optim.warmup_steps=1 optim.batch_size=8 data.num_streams=4 data.num_workers=1"
 )
-CLIP_HEADER = [
-    *(
-        "narration_id",
-        "participant_id",
-        "video_id",
-        "narration_timestamp",
-        "start_timestamp",
-        "stop_timestamp",
-    ),
-    *("start_frame", "stop_frame", "narration", "verb", "verb_class", "noun", "noun_class"),
-    *("all_nouns", "all_noun_classes"),
-]
 VERBS, NOUNS = ("take", "put-down", "wash"), ("plate", "spoon", "tap", "cup")
 
 
