@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -217,18 +217,18 @@ def _class_ids(text: str) -> tuple[int, ...]:
         values = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         values = None
-    if not isinstance(values, list) or not all(map(_is_class_id, values)):
+    if not isinstance(values, list) or not all(map(is_class_id, values)):
         raise ValueError(f"{text!r:.80} is not a list of class ids (0 to {MAX_CLASS_ID})")
     return tuple(values)
 
 
 def _class_id(value: Any) -> int:
-    if not _is_class_id(value):
+    if not is_class_id(value):
         raise ValueError(f"{value!r:.80} is not a class id (0 to {MAX_CLASS_ID})")
     return int(value)
 
 
-def _is_class_id(value: Any) -> bool:
+def is_class_id(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 <= value <= MAX_CLASS_ID  # type: True is no class
 
 

@@ -22,13 +22,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, BinaryIO
 
 from braceexpand import braceexpand
 from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
-from rlt_retrieval.annotations import MAX_CLASS_ID, Classes
+from rlt_retrieval.annotations import Classes, is_class_id
 from rlt_retrieval.data.files import make_folder, write_whole
 from rlt_retrieval.data.sources.folder import VIDEO_EXTENSIONS
 from rlt_retrieval.errors import ShardError
@@ -414,12 +414,8 @@ def _classes(meta: dict[str, Any]) -> Classes | None:
     verb, nouns = meta.get("verb_class"), meta.get("noun_classes")
     if verb is None and nouns is None:
         return None
-    if not _is_class_id(verb):
+    if not is_class_id(verb):
         raise _UnusableError(f"json: verb_class is not a class id: {verb!r}")
-    if not isinstance(nouns, list) or not all(map(_is_class_id, nouns)):
+    if not isinstance(nouns, list) or not all(map(is_class_id, nouns)):
         raise _UnusableError(f"json: noun_classes is not a list of class ids: {nouns!r}")
     return Classes.of(verb, nouns)
-
-
-def _is_class_id(value: Any) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value <= MAX_CLASS_ID  # type: True is no class

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os.path
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rlt_retrieval.data.sources import Source, SourceClip, part
@@ -67,6 +68,19 @@ class CaptionedClips:
             raise SourceError(
                 f"{where}: no such video {self._root / video}; paths are relative to the file's folder"
             )
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Around the reading of a text file: what is wrong with the file itself as a SourceError."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
 
 
 def read_seconds(where: str, column: str, value: str | float) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlt_retrieval.data.sources import Source
-from rlt_retrieval.data.sources.captioned import CaptionedClips, read_seconds
+from rlt_retrieval.data.sources.captioned import CaptionedClips, read_seconds, reading
 from rlt_retrieval.errors import SourceError
 
 
@@ -34,7 +34,7 @@ def read_csv(path: str | Path, videos_dir: str | Path | None = None) -> Source:
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """("file, line n", cells by column) of every row that is not blank."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with reading(path), path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = [name.strip() for name in next(reader, [])]
             for column in ("video", "caption"):
@@ -51,12 +51,6 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                     )
                 if cells:
                     yield where, dict(zip(header, (cell.strip() for cell in cells), strict=True))
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
     except csv.Error as error:
         raise SourceError(
             f"{path}, line {reader.line_num}: not valid CSV ({error}); check the quotes"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlt_retrieval.data.sources import Source
-from rlt_retrieval.data.sources.captioned import CaptionedClips, read_seconds
+from rlt_retrieval.data.sources.captioned import CaptionedClips, read_seconds, reading
 from rlt_retrieval.errors import SourceError
 
 
@@ -42,18 +42,11 @@ def read_jsonl(path: str | Path, videos_dir: str | Path | None = None) -> Source
 
 def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file, line n", object) of every line that is not blank."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, text in enumerate(file, 1):
-                if text.strip():
-                    where = f"{path}, line {number}"
-                    yield where, _parse(where, text)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
+    with reading(path), path.open(encoding="utf-8-sig") as file:
+        for number, text in enumerate(file, 1):
+            if text.strip():
+                where = f"{path}, line {number}"
+                yield where, _parse(where, text)
 
 
 def _parse(where: str, text: str) -> dict[str, Any]:
