@@ -7,7 +7,7 @@ import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,19 +20,41 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+Reducer = Literal[
+    "none",
+    "frames",
+    "resolution",
+    "random",
+    "rlt",
+    "gated",
+    "motion",
+    "tome",
+    "vid_tldr",
+    "centerclip",
+    "rlt+random",
+    "rlt+tome",
+]
+REDUCERS: tuple[Reducer, ...] = get_args(Reducer)
+_RATIO_REDUCERS = ("frames", "resolution", "tome", "vid_tldr", "centerclip", "rlt+random", "rlt+tome")
+_SINGLE_FRAME_REDUCERS = ("frames", "resolution", "gated", "motion")  # of pixels of one frame a token
+
+
 class VideoSettings(Settings):
     """How a clip becomes tokens and tokens an embedding; saved with every model.
 
-    layout, length_bias, cls_bias: see encoders/video.py. reducer "rlt" drops repeating patches by `threshold` and
-    `reference` (encoders/tokenizer.py), "none" keeps all. stochastic_depth and patch_dropout act in training only.
+    layout, length_bias, cls_bias: see encoders/video.py. reducer: encoders/reducers/__init__.py says what each is and
+    which of `threshold`, `reference`, `refresh_every` (tubelets) and `keep_ratio` it reads. stochastic_depth and
+    patch_dropout act in training only.
     """
 
     layout: Literal["joint", "frame"] = "frame"
     length_bias: bool = False
     cls_bias: Literal["zero", "log_T"] = "zero"
-    reducer: Literal["rlt", "none"] = "rlt"
+    reducer: Reducer = "rlt"
     threshold: float = Field(0.1, allow_inf_nan=False)
     reference: Literal["previous", "anchor"] = "anchor"
+    refresh_every: int = Field(0, ge=0)
+    keep_ratio: float | None = Field(None, gt=0, le=1)
     tubelet_size: Literal[1, 2] = 1
     num_frames: int = Field(16, ge=1)
     stochastic_depth: float = Field(0.0, ge=0, lt=1)
@@ -50,7 +72,21 @@ class VideoSettings(Settings):
             raise ValueError(
                 "layout 'frame' takes tubelet_size 1, no patch_dropout and no length_bias; use 'joint'"
             )
+        if self.reducer in _SINGLE_FRAME_REDUCERS and self.tubelet_size != 1:
+            raise ValueError(f"reducer {self.reducer!r} takes tubelet_size 1")
+        if self.reducer in _RATIO_REDUCERS and self.keep_ratio is None:
+            raise ValueError(
+                f"reducer {self.reducer!r} needs keep_ratio, the share to keep, e.g. keep_ratio=0.5"
+            )
+        if self.reducer == "centerclip" and self.layout != "frame":
+            raise ValueError("reducer 'centerclip' takes layout 'frame'")
         return self
+
+    @property
+    def required_keep_ratio(self) -> float:
+        """keep_ratio of a reducer that reads it."""
+        assert self.keep_ratio is not None, f"reducer {self.reducer!r} reads no keep_ratio"
+        return self.keep_ratio
 
     @property
     def num_tubelets(self) -> int:

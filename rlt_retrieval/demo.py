@@ -108,7 +108,9 @@ def run_demo(
     samples = [sample for sample in iter_samples(data.test) if isinstance(sample, ShardSample)]
     queries = [sample.captions[0] for sample in samples[:NUM_QUERIES]]
     hits = _index_and_search(out / "demo.index", pruned.model, data, queries, _loader(recipe))
-    scores["rlt/dense"] = evaluate_shards(pruned.model.with_reducer("none"), data.test, _loader(recipe))
+    scores["rlt/dense"] = evaluate_shards(
+        pruned.model.with_settings(reducer="none"), data.test, _loader(recipe)
+    )
     figures["seconds"] = time.perf_counter() - started  # without the dense half
 
     losses = {"trained with RLT": pruned.losses}
@@ -116,7 +118,9 @@ def run_demo(
         dense = _train_dense(out, data, pruned, device, on_step)
         losses["trained dense"] = dense.losses
         scores["dense/dense"] = evaluate_shards(dense.model, data.test, _loader(recipe))
-        scores["dense/rlt"] = evaluate_shards(dense.model.with_reducer("rlt"), data.test, _loader(recipe))
+        scores["dense/rlt"] = evaluate_shards(
+            dense.model.with_settings(reducer="rlt"), data.test, _loader(recipe)
+        )
         figures["dense_training_seconds"] = sum(dense.seconds)
         figures["dense_training_steps"] = len(dense.seconds)
     figures["scores"] = {name: score.to_dict() for name, score in scores.items()}
@@ -287,10 +291,10 @@ def _score_table(figures: dict[str, Any]) -> Html:
 
 def _kept_and_dropped(model: VideoTextModel, sample: ShardSample) -> tuple[bytes, str]:
     clip = decode_clip(sample.media, num_frames=model.config.video.num_frames, transform=model.transform)
-    mask_thw = model.tokenizer.keep_mask(clip.frames_TCHW)
-    overlays = token_overlay(
-        clip.frames_TCHW, mask_thw, model.tokenizer.patch_size, model.tokenizer.tubelet_size, scale=SCALE
-    )
+    tokens = model.tokenizer(clip.frames_TCHW)
+    mask_thw = tokens.keep_mask
+    _, tubelet_size, _, _, patch_size = tokens.patches.shape
+    overlays = token_overlay(clip.frames_TCHW, mask_thw, patch_size, tubelet_size, scale=SCALE)
     kept = f"{int(mask_thw.sum())} of {mask_thw.numel()} tokens kept: {sample.captions[0]}"
     return film_strip(clip.frames_TCHW, overlays, scale=SCALE), kept
 

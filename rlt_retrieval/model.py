@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from rlt_retrieval.config import VideoSettings, explain
 from rlt_retrieval.data.video import FrameTransform, resize_frames
 from rlt_retrieval.encoders.attention import Backend
-from rlt_retrieval.encoders.packing import PackedTokens, pack
+from rlt_retrieval.encoders.packing import PackedTokens, Tokenizer, pack
+from rlt_retrieval.encoders.reducers import make_tokenizer
 from rlt_retrieval.encoders.text import build_text_tokenizer, encode_text
-from rlt_retrieval.encoders.tokenizer import RunLengthTokenizer
 from rlt_retrieval.encoders.towers.loading import build_clip, create_clip
-from rlt_retrieval.encoders.video import VideoEncoder, make_tokenizer
+from rlt_retrieval.encoders.video import VideoEncoder
 from rlt_retrieval.errors import ModelError
 
 CONFIG_FILE = "config.json"
@@ -93,7 +93,8 @@ class VideoTextModel(nn.Module):
         """A model from stock weights (or random ones, said once).
 
         Args:
-            backbone: open_clip model name with a `VisionTransformer` image tower, or a configuration table.
+            backbone: open_clip model name (docs/models.md), `hf-hub:org/name` or `local-dir:PATH` (which bring their
+                own weights), or a configuration table.
             pretrained: open_clip tag (downloaded once), local weight file, or None for random weights. A published
                 AVION dual encoder (arXiv 2309.16669) is known by its names; it was trained for layout "joint".
             device: "auto" (CUDA where there is one), or a torch device.
@@ -105,10 +106,7 @@ class VideoTextModel(nn.Module):
         Raises:
             ModelError: unknown backbone, unsupported tower, weights that cannot be had, impossible settings.
         """
-        try:
-            settings = VideoSettings(**video_settings)
-        except ValidationError as error:
-            raise ModelError(f"video settings: {explain(error, VideoSettings)}") from error
+        settings = _video_settings(video_settings)
         made = create_clip(backbone, pretrained, quick_gelu=quick_gelu, seed=seed)
         name = backbone if isinstance(backbone, str) else "custom"
         config = ModelConfig(name, made.model_cfg, made.preprocess_cfg, settings)
@@ -119,7 +117,7 @@ class VideoTextModel(nn.Module):
         if pretrained is not None and Path(pretrained).is_file():
             pretrained = os.path.abspath(pretrained)
         model.origin = {
-            "backbone": backbone if isinstance(backbone, str) else dict(backbone),
+            "backbone": _from_anywhere(backbone) if isinstance(backbone, str) else dict(backbone),
             "pretrained": pretrained,
             "quick_gelu": quick_gelu,
             "seed": seed,
@@ -155,9 +153,16 @@ class VideoTextModel(nn.Module):
             return cls.load(origin["path"], device=device)
         return cls.create(**origin, device=device)
 
-    def with_reducer(self, reducer: Literal["rlt", "none"]) -> VideoTextModel:
-        """The same weights (shared, not copied) on pruned ("rlt") or on all ("none") tokens."""
-        video = self.config.video.model_copy(update={"reducer": reducer})
+    def with_settings(self, **changes: Any) -> VideoTextModel:
+        """The same weights (shared, not copied) with other video settings, e.g. `reducer="none"`.
+
+        Raises:
+            ModelError: impossible settings, or another layout or tubelet size, which other weights belong to.
+        """
+        fixed = [name for name in ("layout", "tubelet_size", "num_frames") if name in changes]
+        if fixed:
+            raise ModelError(f"{fixed[0]} belongs to the weights; create or train a model for another")
+        video = _video_settings({**self.config.video.model_dump(), **changes})
         twin = VideoTextModel(self.clip, replace(self.config, video=video), backend=self.video.backend)
         twin.video.load_state_dict(self.video.state_dict(), assign=True)
         return twin.to(self.device).train(self.training)
@@ -228,7 +233,7 @@ class VideoTextModel(nn.Module):
         return self.config.model_cfg["embed_dim"]
 
     @property
-    def tokenizer(self) -> RunLengthTokenizer:
+    def tokenizer(self) -> Tokenizer:
         """Video tokenizer: uint8 [T, 3, H, W] at the model's size → VideoTokens."""
         return make_tokenizer(self.config.video, self.video.tower.patch_size)
 
@@ -256,8 +261,23 @@ class VideoTextModel(nn.Module):
         Raises:
             ValueError: frames of another dtype or shape.
         """
-        clips = [self.tokenizer(resize_frames(clip, self.transform)) for clip in frames]
-        return self.encode_tokens(pack(clips))
+        return self.encode_tokens(self._tokens(frames))
+
+    def encode_frames(self, frames: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """Embed every frame of each clip, for moments finer than a clip; layout "frame" only.
+
+        Args:
+            frames: as in `encode_video`.
+        Returns:
+            float32 [T, D] a clip, unit norm; the clip's embedding is their normalised mean.
+        Raises:
+            ValueError: frames of another dtype or shape, or a model of another layout.
+        """
+        with self._inference_precision():
+            return self.video.encode_frames(self._tokens(frames))
+
+    def _tokens(self, frames: Tensor | Sequence[Tensor]) -> PackedTokens:
+        return pack([self.tokenizer(resize_frames(clip, self.transform)) for clip in frames])
 
     def encode_tokens(self, packed: PackedTokens) -> Tensor:
         """Embed packed tokens: float32 [B, D], unit norm. Gradients flow unless the caller is in `torch.no_grad()`."""
@@ -269,6 +289,14 @@ class VideoTextModel(nn.Module):
         with self._inference_precision():
             z_QD = encode_text(self.clip, self._tokenize_text, texts, self.device)
         return z_QD if z_QD.dtype == torch.float64 else z_QD.float()
+
+    def check_text_tokenizer(self) -> None:
+        """Make the text tokenizer now rather than at the first text.
+
+        Raises:
+            MissingDependencyError, ModelError: it needs packages or files that are not here.
+        """
+        assert self._tokenize_text
 
     def sha256(self) -> str:
         """Hash of settings and weights: equal for models that give the same embeddings."""
@@ -285,6 +313,19 @@ class VideoTextModel(nn.Module):
     def _inference_precision(self) -> contextlib.AbstractContextManager[Any]:
         """Half precision on a GPU that has it; training brings its own."""
         return contextlib.nullcontext() if self.training else autocast(self.device, "auto")
+
+
+def _video_settings(values: dict[str, Any]) -> VideoSettings:
+    try:
+        return VideoSettings(**values)
+    except ValidationError as error:
+        raise ModelError(f"video settings: {explain(error, VideoSettings)}") from error
+
+
+def _from_anywhere(backbone: str) -> str:
+    """A backbone's name that means the same in every working directory."""
+    prefix = "local-dir:"
+    return prefix + os.path.abspath(backbone[len(prefix) :]) if backbone.startswith(prefix) else backbone
 
 
 def _flush(path: Path) -> None:

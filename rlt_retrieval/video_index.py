@@ -416,6 +416,7 @@ def build_index(
         index = VideoIndex.open(path, make_model() if make_model else None, device)
     else:
         model = make_model() if make_model else _stock_model(device)
+        model.check_text_tokenizer()  # its absence would show at the first search, after hours of work
         index = VideoIndex.create(path, model, window_seconds=window_seconds or DEFAULT_WINDOW_SECONDS)
     with index:
         _check_window(index, window_seconds)

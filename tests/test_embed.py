@@ -117,7 +117,9 @@ def test_shards_come_out_in_order_with_captions_and_token_counts(
     assert embedded.all_tokens.tolist() == [64] * 4
     assert (embedded.kept_tokens <= 64).all()
     assert 0.5 < embedded.keep_ratio <= 1  # noise changes everywhere
-    dense = embed_shards(tiny_model.with_reducer("none"), shards, HERE, failures=FailureLog(None, 0.5))
+    dense = embed_shards(
+        tiny_model.with_settings(reducer="none"), shards, HERE, failures=FailureLog(None, 0.5)
+    )
     assert dense.keep_ratio == 1
 
 

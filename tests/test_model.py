@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlt_retrieval import model as model_module
 from rlt_retrieval.config import VideoSettings
-from rlt_retrieval.encoders.towers import loading
+from rlt_retrieval.encoders.towers import hub
 from rlt_retrieval.errors import ModelError
 from rlt_retrieval.model import ModelConfig, VideoTextModel, autocast, resolve_device
 
@@ -88,7 +88,7 @@ def test_vit_b_16_openai_computes_with_quick_gelu(
     """At real size, with the download replaced by a file; open_clip alone would build it with GELU and warn."""
     file = randomised_file("ViT-B-16", tmp_path / "openai.safetensors")
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda cfg, cache_dir=None: str(file))
-    monkeypatch.setattr(loading, "_reachable", lambda url: True)
+    monkeypatch.setattr(hub, "reachable", lambda url: True)
     caplog.clear()
     model = VideoTextModel.create("ViT-B-16", pretrained="openai", device="cpu")
     assert {type(m) for m in model.modules() if "GELU" in type(m).__name__} == {QuickGELU}
@@ -236,7 +236,7 @@ def test_activation_and_preprocessing_survive_saving(monkeypatch: pytest.MonkeyP
     save_file(small_model().clip.state_dict(), file)
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-H-14-378", small_config())
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda cfg, cache_dir=None: str(file))
-    monkeypatch.setattr(loading, "_reachable", lambda url: True)
+    monkeypatch.setattr(hub, "reachable", lambda url: True)
     model = VideoTextModel.create("ViT-H-14-378", "dfn5b", device="cpu")
     model.save(tmp_path / "model")
     loaded = VideoTextModel.load(tmp_path / "model", device="cpu")
@@ -381,15 +381,15 @@ def test_the_hash_follows_weights_and_settings() -> None:
     assert len(model.sha256()) == len(hashlib.sha256().hexdigest())
 
 
-def test_with_reducer_shares_the_weights() -> None:
+def test_with_settings_shares_the_weights() -> None:
     model = small_model()
-    dense = model.with_reducer("none")
+    dense = model.with_settings(reducer="none")
     clip = repeating_frames(6, 0.0)
     assert (len(model.tokenizer(clip)), len(dense.tokenizer(clip))) == (16, 96)
     shared = dict(dense.named_parameters())
     assert all(shared[name].data_ptr() == p.data_ptr() for name, p in model.named_parameters())
     assert not dense.training
-    assert torch.equal(embeddings(dense.with_reducer("rlt"))[0], embeddings(model)[0])
+    assert torch.equal(embeddings(dense.with_settings(reducer="rlt"))[0], embeddings(model)[0])
 
 
 def test_devices() -> None:

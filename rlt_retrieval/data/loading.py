@@ -24,8 +24,7 @@ from rlt_retrieval.data.shards import BadSample, ShardSample, iter_samples
 from rlt_retrieval.data.streams import LogicalStream, StreamPosition, sample_rng
 from rlt_retrieval.data.video import Clip, FrameTransform, VideoSummary, decode_clip, iter_windows
 from rlt_retrieval.data.workers import Failure, Item, WorkerPool
-from rlt_retrieval.encoders.packing import VideoTokens
-from rlt_retrieval.encoders.tokenizer import RunLengthTokenizer
+from rlt_retrieval.encoders.packing import Tokenizer, VideoTokens
 from rlt_retrieval.errors import ShardError
 
 Element = TypeVar("Element")
@@ -44,7 +43,7 @@ class Sampling:
 
     num_frames: int
     transform: FrameTransform
-    tokenizer: RunLengthTokenizer
+    tokenizer: Tokenizer
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,7 @@ class TokenizedClip:
     end_seconds: float
     caption_index: int = 0
     lost: str | None = None  # see `data.video.Clip`
+    covering: np.ndarray | None = None
 
     @property
     def tokens(self) -> VideoTokens:
@@ -68,6 +68,7 @@ class TokenizedClip:
             torch.from_numpy(self.positions),
             torch.from_numpy(self.run_lengths),
             self.grid,
+            None if self.covering is None else torch.from_numpy(self.covering),
         )
 
 
@@ -105,9 +106,22 @@ def tokenize_clip(
     yield _tokenized(clip, sampling, caption_index)
 
 
-def decode_frames(media: bytes, num_frames: int, transform: FrameTransform) -> Iterator[np.ndarray]:
-    """Worker job: evenly spaced frames of a whole clip, uint8 [T, 3, H, W]."""
-    yield decode_clip(media, num_frames=num_frames, transform=transform).frames_TCHW.numpy()
+def decode_frames(
+    media: str | bytes,
+    num_frames: int,
+    transform: FrameTransform,
+    start_seconds: float = 0.0,
+    end_seconds: float | None = None,
+) -> Iterator[np.ndarray]:
+    """Worker job: evenly spaced frames of a clip, or of [start_seconds, end_seconds) of it: uint8 [T, 3, H, W]."""
+    clip = decode_clip(
+        media,
+        num_frames=num_frames,
+        transform=transform,
+        start_seconds=start_seconds,
+        end_seconds=end_seconds,
+    )
+    yield clip.frames_TCHW.numpy()
 
 
 def _tokenized(clip: Clip, sampling: Sampling, caption_index: int = 0) -> TokenizedClip:
@@ -121,6 +135,7 @@ def _tokenized(clip: Clip, sampling: Sampling, caption_index: int = 0) -> Tokeni
         clip.end_seconds,
         caption_index,
         clip.lost,
+        None if tokens.covering is None else tokens.covering.numpy(),
     )
 
 

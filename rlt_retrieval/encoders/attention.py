@@ -1,6 +1,6 @@
 """Variable-length attention: one signature, several backends.
 
-Shapes: T packed tokens (Tq queries, Tk keys), N heads, H head size, B sequences.
+Shapes: T packed tokens (Tq queries, Tk keys), R rows of a layout, N heads, H head size, B sequences.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from rlt_retrieval.encoders.layouts import LayoutPlan
 
 Backend = Literal["auto", "sdpa", "torch", "flash_attn"]
 _HEAD_SIZE_MULTIPLE = 8  # flash kernels take head sizes that are multiples of 8
@@ -49,6 +51,53 @@ def attend_varlen(
     """
     chosen = _choose(backend, q_TNH)
     return _BACKENDS[chosen](q_TNH, k_TNH, v_TNH, cu_q, cu_k, max_q, max_k, scale)
+
+
+def attend_rows(
+    q_RNH: Tensor, k_RNH: Tensor, v_RNH: Tensor, plan: LayoutPlan, *, backend: Backend = "auto"
+) -> Tensor:
+    """Attention of each sequence's rows over the keys that its plan names (with their bias): [R, N, H].
+
+    Where keys are chosen rows, neighbouring sequences of a clip share most of them. Kernels for packed sequences get
+    them copied out; one sequence at a time and without gradients, only what changes is written into one buffer, which
+    spares the memory traffic of a whole frame's keys and values for each frame.
+    """
+    head_size = q_RNH.shape[-1]
+    scale = None
+    if plan.key_rows is not None and plan.key_bias is None and _runs_one_by_one(backend, q_RNH):
+        return _attend_updated(q_RNH, k_RNH, v_RNH, plan)
+    if plan.key_rows is not None:
+        k_RNH, v_RNH = (kv.index_select(0, plan.key_rows) for kv in (k_RNH, v_RNH))
+    if plan.key_bias is not None:
+        q_RNH, k_RNH, v_RNH, scale = with_key_bias(q_RNH, k_RNH, v_RNH, plan.key_bias)
+    out = attend_varlen(
+        q_RNH, k_RNH, v_RNH, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, scale, backend=backend
+    )
+    return out[..., :head_size]
+
+
+def _runs_one_by_one(backend: Backend, q_RNH: Tensor) -> bool:
+    return not torch.is_grad_enabled() and _choose(backend, q_RNH) == "sdpa"
+
+
+def _attend_updated(q_RNH: Tensor, k_RNH: Tensor, v_RNH: Tensor, plan: LayoutPlan) -> Tensor:
+    """One sequence at a time over a buffer of keys and values that takes what changes."""
+    out_RNH = torch.empty_like(q_RNH)
+    starts = plan.cu_q.tolist()
+    key_counts = plan.cu_k.diff().tolist()
+    keys = k_RNH.new_empty(plan.max_k, *k_RNH.shape[1:])
+    values = torch.empty_like(keys)
+    for sequence, (places, rows) in enumerate(plan.key_updates):
+        keys.index_copy_(0, places, k_RNH.index_select(0, rows))
+        values.index_copy_(0, places, v_RNH.index_select(0, rows))
+        start, end, count = starts[sequence], starts[sequence + 1], key_counts[sequence]
+        out_RNH[start:end] = _attend_one(q_RNH[start:end], keys[:count], values[:count])
+    return out_RNH
+
+
+def _attend_one(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q_TNH, k_TNH, v_TNH))
+    return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
 
 
 def with_key_bias(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,16 +20,45 @@ class VideoTokens:
     """Kept tubelets of one clip, ordered by (t, y, x).
 
     patches: uint8 [N, tubelet, 3, P, P]; positions: int32 [N, 3] as (t, y, x);
-    run_lengths: int32 [N], how many tubelets each token stands for; grid: (T', H', W').
+    run_lengths: int32 [N], how many cells of the grid each token stands for; grid: (T', H', W');
+    covering: int32 [T', H', W'], the token that stands for each cell; None where that is the latest one at its place.
     """
 
     patches: Tensor
     positions: Tensor
     run_lengths: Tensor
     grid: Grid
+    covering: Tensor | None = None
 
     def __len__(self) -> int:
         return self.patches.shape[0]
+
+    @property
+    def keep_mask(self) -> Tensor:
+        """bool [T', H', W'], the cells that have a token of their own."""
+        mask = torch.zeros(self.grid, dtype=torch.bool, device=self.positions.device)
+        mask[tuple(self.positions.long().unbind(1))] = True
+        return mask
+
+
+def covering_tokens(positions: Tensor, grid: Grid, given: Tensor | None) -> Tensor:
+    """Which of a clip's tokens stands for each cell: int64 [T', H', W'].
+
+    Args:
+        positions: int32 [N, 3], ordered by (t, y, x).
+        given: `VideoTokens.covering`; None: the latest token at the cell's place.
+    """
+    if given is not None:
+        return given.to(positions.device).long()
+    covering_thw = torch.zeros(grid, dtype=torch.int64, device=positions.device)
+    covering_thw[tuple(positions.long().unbind(1))] = torch.arange(len(positions), device=positions.device)
+    return covering_thw.cummax(0).values  # tokens are ordered by t: the latest one has the largest index
+
+
+class Tokenizer(Protocol):
+    """A clip's frames, uint8 [T, 3, H, W], to its tokens; picklable, so that loader workers run it."""
+
+    def __call__(self, frames_TCHW: Tensor) -> VideoTokens: ...
 
 
 @dataclass(frozen=True)
@@ -37,8 +67,9 @@ class PackedTokens:
 
     patches: uint8 [N, tubelet, 3, P, P]; positions: int32 [N, 3]; run_lengths: int32 [N];
     cu_seqlens: int32 [B + 1], clip b owns rows cu_seqlens[b]:cu_seqlens[b + 1]; max_seqlen: longest clip;
-    grids: one (T', H', W') a clip; clip_seeds: one integer a clip from which the random decisions inside
-    the model (stochastic depth, patch dropout) are drawn in training, empty when nothing is random.
+    grids: one (T', H', W') a clip; coverings: `VideoTokens.covering` of each clip, on the host;
+    clip_seeds: one integer a clip from which the random decisions inside the model (stochastic depth, patch dropout)
+    are drawn in training, empty when nothing is random.
     """
 
     patches: Tensor
@@ -47,6 +78,7 @@ class PackedTokens:
     cu_seqlens: Tensor
     max_seqlen: int
     grids: tuple[Grid, ...]
+    coverings: tuple[Tensor | None, ...]
     clip_seeds: tuple[int, ...] = ()
 
     def __len__(self) -> int:
@@ -91,5 +123,6 @@ def pack(clips: Sequence[VideoTokens], clip_seeds: Sequence[int] = ()) -> Packed
         cu_seqlens=cu_seqlens.to(clips[0].patches.device),
         max_seqlen=int(lengths.max()),
         grids=tuple(clip.grid for clip in clips),
+        coverings=tuple(None if clip.covering is None else clip.covering.cpu() for clip in clips),
         clip_seeds=tuple(clip_seeds),
     )

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants as hub
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor, nn
 
-from rlt_retrieval.errors import MissingDependencyError
+from rlt_retrieval.encoders.towers.building import has_transformers, needs_transformers
+from rlt_retrieval.encoders.towers.hub import offline_if_unreachable
+from rlt_retrieval.encoders.towers.weight_files import short_reason
+from rlt_retrieval.errors import ModelError
 
 Tokenize = Callable[[Sequence[str]], Tensor]  # texts → int64 [Q, context_length]
 
@@ -22,7 +27,9 @@ def build_text_tokenizer(text_cfg: dict[str, Any]) -> Tokenize:
     Returns:
         A function from texts to int64 ids [Q, context_length].
     Raises:
-        MissingDependencyError: the tower needs a Hugging Face tokenizer and `transformers` is not installed.
+        MissingDependencyError: the tower needs a Hugging Face tokenizer, and transformers or sentencepiece is not
+            installed.
+        ModelError: the files of that tokenizer cannot be had; the message says which to bring.
     """
     context_length = text_cfg.get("context_length", 77)
     options = text_cfg.get("tokenizer_kwargs") or {}
@@ -30,17 +37,8 @@ def build_text_tokenizer(text_cfg: dict[str, Any]) -> Tokenize:
     if name is None:
         tokenizer = SimpleTokenizer(context_length=context_length, **options)
     else:
-        try:
-            tokenizer = HFTokenizer(
-                name,
-                context_length=context_length,
-                tokenizer_mode=text_cfg.get("tokenizer_mode"),
-                **options,
-            )
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"the text tower needs the tokenizer {name}, which comes with transformers: pip install transformers"
-            ) from error
+        mode = text_cfg.get("tokenizer_mode")
+        tokenizer = _hugging_face(name, context_length=context_length, tokenizer_mode=mode, **options)
     return lambda texts: tokenizer(list(texts))
 
 
@@ -48,3 +46,25 @@ def encode_text(clip: nn.Module, tokenize: Tokenize, texts: Sequence[str], devic
     """[Q, D], unit norm, in the autograd graph of the tower."""
     ids_QC = tokenize(texts).to(device)
     return clip.encode_text(ids_QC, normalize=True)  # type: ignore[operator]
+
+
+def _hugging_face(name: str, **options: Any) -> HFTokenizer:
+    what = f"the tokenizer {name} of the text tower"
+    if not has_transformers():
+        raise needs_transformers(what)
+    try:
+        with offline_if_unreachable():
+            return HFTokenizer(name, **options)
+    except (
+        ImportError,
+        ValueError,
+        OSError,
+    ) as error:  # transformers says "install sentencepiece" in many ways
+        if isinstance(error, ImportError) or "sentencepiece" in str(error).lower():
+            raise needs_transformers(what) from error
+        cached = Path(hub.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+        raise ModelError(
+            f"{what} could not be had ({short_reason(error)}); copy {cached.name} from the hub's cache of a machine "
+            f"with network to {cached.parent}, or put its tokenizer files beside the weights and give that folder as "
+            "backbone: local-dir:path/to/folder"
+        ) from error

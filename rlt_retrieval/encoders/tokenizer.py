@@ -38,11 +38,15 @@ class RunLengthTokenizer:
     largest difference over corresponding frames, so that every dropped patch is within the threshold of the
     token that stands for it, however slowly the picture drifts.
 
+    `refresh_every=k` keeps tubelets 0, k, 2k, … whole (with `reference="anchor"` they are the new anchors), so
+    that no token is older than k tubelets.
+
     Attributes:
         patch_size: P, pixels.
         tubelet_size: frames a token, 1 or 2.
         threshold: in units of normalised intensity (0.1 is about 5.7 of 255 grey levels); negative keeps all.
         reference: see above.
+        refresh_every: tubelets; 0: never.
     Raises:
         ValueError: impossible sizes, a threshold that is no number, or an unknown reference.
     """
@@ -51,18 +55,17 @@ class RunLengthTokenizer:
     tubelet_size: int = 1
     threshold: float = 0.1
     reference: Reference = "previous"
+    refresh_every: int = 0
 
     def __post_init__(self) -> None:
-        if self.patch_size < 1:
-            raise ValueError(f"patch_size is {self.patch_size}; it must be at least 1 pixel")
+        check_patch_size(self.patch_size)
         if self.tubelet_size not in (1, 2):
             raise ValueError(f"tubelet_size is {self.tubelet_size}; it must be 1 or 2 frames")
-        if not isfinite(self.threshold):
-            raise ValueError(
-                f"threshold is {self.threshold}; it must be a finite number (negative keeps all)"
-            )
+        check_threshold(self.threshold)
         if self.reference not in ("previous", "anchor"):
             raise ValueError(f"reference is {self.reference!r}; it must be 'previous' or 'anchor'")
+        if self.refresh_every < 0:
+            raise ValueError(f"refresh_every is {self.refresh_every}; it must be 0 (never) or more tubelets")
 
     def keep_mask(self, frames_TCHW: Tensor) -> Tensor:
         """Which tubelets are kept.
@@ -74,77 +77,120 @@ class RunLengthTokenizer:
         Raises:
             ValueError: other dtype or shape.
         """
-        return self._keep_mask(self._tubelets(frames_TCHW))
+        return self._keep_mask(cut_tubelets(frames_TCHW, self.patch_size, self.tubelet_size))
 
     def __call__(self, frames_TCHW: Tensor) -> VideoTokens:
         """Tokenize one clip: see `keep_mask` for the argument, `VideoTokens` for the result."""
-        frames_tuCHW = self._tubelets(frames_TCHW)
-        mask_thw = self._keep_mask(frames_tuCHW)
-        t, u, c, height, width = frames_tuCHW.shape
-        p = self.patch_size
-        patches_thwucpp = frames_tuCHW.reshape(t, u, c, height // p, p, width // p, p).permute(
-            0, 3, 5, 1, 2, 4, 6
-        )
-        run_lengths_thw = _run_lengths(mask_thw)
-        return VideoTokens(
-            patches=patches_thwucpp[mask_thw],
-            positions=mask_thw.nonzero().to(torch.int32),
-            run_lengths=run_lengths_thw[mask_thw].to(torch.int32),
-            grid=(t, height // p, width // p),
-        )
-
-    def _tubelets(self, frames_TCHW: Tensor) -> Tensor:
-        """uint8 [T', tubelet, 3, H, W]; T is padded by repeating the last frame."""
-        if frames_TCHW.dtype != torch.uint8 or frames_TCHW.ndim != 4 or frames_TCHW.shape[1] != 3:
-            raise ValueError(
-                f"frames are {frames_TCHW.dtype} {tuple(frames_TCHW.shape)}; expected uint8 [T, 3, H, W]"
-            )
-        num_frames, _, height, width = frames_TCHW.shape
-        if num_frames < 1 or height % self.patch_size or width % self.patch_size or not height * width:
-            raise ValueError(
-                f"frames are {tuple(frames_TCHW.shape)}; expected T >= 1 and sides that are multiples of the "
-                f"patch size {self.patch_size}"
-            )
-        padding = -num_frames % self.tubelet_size
-        if padding:
-            frames_TCHW = torch.cat([frames_TCHW, frames_TCHW[-1:].expand(padding, -1, -1, -1)])
-        return frames_TCHW.reshape(-1, self.tubelet_size, 3, height, width)
+        frames_tuCHW = cut_tubelets(frames_TCHW, self.patch_size, self.tubelet_size)
+        return tokens_from_mask(frames_tuCHW, self._keep_mask(frames_tuCHW), self.patch_size)
 
     def _keep_mask(self, frames_tuCHW: Tensor) -> Tensor:
-        limit = _integer_limit(self.threshold, self.patch_size)
         num_tubelets = frames_tuCHW.shape[0]
         height, width = (side // self.patch_size for side in frames_tuCHW.shape[-2:])
         mask_thw = torch.ones(num_tubelets, height, width, dtype=torch.bool, device=frames_tuCHW.device)
+        limit = difference_limit(self.threshold, self.patch_size)
         if num_tubelets == 1 or limit < 0:
             return mask_thw
+        refresh_step = self.refresh_every or num_tubelets
         if self.reference == "previous":
             later_tCHW, earlier_tCHW = frames_tuCHW[1:, -1], frames_tuCHW[:-1, 0]
-            mask_thw[1:] = _patch_differences(later_tCHW, earlier_tCHW, self.patch_size) > limit
+            mask_thw[1:] = patch_differences(later_tCHW, earlier_tCHW, self.patch_size) > limit
+            mask_thw[::refresh_step] = True
             return mask_thw
         anchor_uCHW = frames_tuCHW[0].clone()
         for t in range(1, num_tubelets):
-            differences_uhw = _patch_differences(frames_tuCHW[t], anchor_uCHW, self.patch_size)
-            mask_thw[t] = differences_uhw.amax(0) > limit
-            pixels_HW = (
-                mask_thw[t].repeat_interleave(self.patch_size, 0).repeat_interleave(self.patch_size, 1)
-            )
+            if t % refresh_step:
+                differences_uhw = patch_differences(frames_tuCHW[t], anchor_uCHW, self.patch_size)
+                mask_thw[t] = differences_uhw.amax(0) > limit
+            pixels_HW = pixels_of_cells(mask_thw[t], self.patch_size)
             anchor_uCHW = torch.where(pixels_HW, frames_tuCHW[t], anchor_uCHW)
         return mask_thw
 
 
-def _integer_limit(threshold: float, patch_size: int) -> int:
-    """Largest weighted integer sum of a patch that still counts as a repetition (see `_patch_differences`)."""
+# ------------------------------------------------------------------- pieces that other tokenizers are built on
+
+
+def cut_tubelets(frames_TCHW: Tensor, patch_size: int, tubelet_size: int = 1) -> Tensor:
+    """uint8 [T', tubelet, 3, H, W]; T is padded by repeating the last frame.
+
+    Raises:
+        ValueError: no uint8 [T, 3, H, W] with T >= 1 and sides that are multiples of `patch_size`.
+    """
+    if frames_TCHW.dtype != torch.uint8 or frames_TCHW.ndim != 4 or frames_TCHW.shape[1] != 3:
+        raise ValueError(
+            f"frames are {frames_TCHW.dtype} {tuple(frames_TCHW.shape)}; expected uint8 [T, 3, H, W]"
+        )
+    num_frames, _, height, width = frames_TCHW.shape
+    if num_frames < 1 or height % patch_size or width % patch_size or not height * width:
+        raise ValueError(
+            f"frames are {tuple(frames_TCHW.shape)}; expected T >= 1 and sides that are multiples of the "
+            f"patch size {patch_size}"
+        )
+    padding = -num_frames % tubelet_size
+    if padding:
+        frames_TCHW = torch.cat([frames_TCHW, frames_TCHW[-1:].expand(padding, -1, -1, -1)])
+    return frames_TCHW.reshape(-1, tubelet_size, 3, height, width)
+
+
+def tokens_from_mask(
+    frames_tuCHW: Tensor, mask_thw: Tensor, patch_size: int, covering_thw: Tensor | None = None
+) -> VideoTokens:
+    """Tokens of the kept cells of a clip.
+
+    Args:
+        frames_tuCHW: uint8 [T', tubelet, 3, H, W]; what `cut_tubelets` gives.
+        mask_thw: bool [T', H', W'], True: kept; the first tubelet is kept whole.
+        covering_thw: int [T', H', W'], the token (in (t, y, x) order) that stands for each cell, kept ones for
+            themselves; None: the latest one at the same place.
+    """
+    t, u, c, height, width = frames_tuCHW.shape
+    p = patch_size
+    patches_thwucpp = frames_tuCHW.reshape(t, u, c, height // p, p, width // p, p).permute(
+        0, 3, 5, 1, 2, 4, 6
+    )
+    if covering_thw is None:
+        run_lengths_N = _run_lengths(mask_thw)[mask_thw]
+    else:
+        run_lengths_N = torch.bincount(covering_thw.flatten(), minlength=int(mask_thw.sum()))
+    return VideoTokens(
+        patches=patches_thwucpp[mask_thw],
+        positions=mask_thw.nonzero().to(torch.int32),
+        run_lengths=run_lengths_N.to(torch.int32),
+        grid=(t, height // p, width // p),
+        covering=None if covering_thw is None else covering_thw.to(torch.int32),
+    )
+
+
+def pixels_of_cells(cells_hw: Tensor, patch_size: int) -> Tensor:
+    """[H, W]: each pixel takes what its cell of [H', W'] holds."""
+    return cells_hw.repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1)
+
+
+def difference_limit(threshold: float, patch_size: int) -> int:
+    """Largest weighted integer sum of a patch that still counts as a repetition (see `patch_differences`)."""
     return floor(Fraction(threshold) * _COMMON * 255 * 3 * patch_size**2 / 1000)
 
 
-def _patch_differences(a_fCHW: Tensor, b_fCHW: Tensor, patch_size: int) -> Tensor:
+def patch_differences(a_fCHW: Tensor, b_fCHW: Tensor, patch_size: int) -> Tensor:
     """Weighted sums of |a - b| a patch: int64 [f, H', W'], exact on every device."""
     f, _, height, width = a_fCHW.shape
     difference_fCHW = (a_fCHW.to(torch.int16) - b_fCHW.to(torch.int16)).abs_()
     blocks = difference_fCHW.reshape(f, 3, height // patch_size, patch_size, width // patch_size, patch_size)
-    sums_fchw = blocks.sum(dim=5, dtype=torch.int32).sum(dim=3, dtype=torch.int64)
+    sums_fchw = blocks.sum(dim=3, dtype=torch.int32).sum(dim=4, dtype=torch.int64)
     weights_c = torch.tensor(_CHANNEL_WEIGHTS, dtype=torch.int64, device=a_fCHW.device)
     return (sums_fchw * weights_c[:, None, None]).sum(1)
+
+
+def check_patch_size(patch_size: int) -> None:
+    """ValueError for a patch of no pixel."""
+    if patch_size < 1:
+        raise ValueError(f"patch_size is {patch_size}; it must be at least 1 pixel")
+
+
+def check_threshold(threshold: float) -> None:
+    """ValueError for a threshold that is no number."""
+    if not isfinite(threshold):
+        raise ValueError(f"threshold is {threshold}; it must be a finite number (negative keeps all)")
 
 
 def _run_lengths(mask_thw: Tensor) -> Tensor:

@@ -1,16 +1,13 @@
 """The video encoder: an image tower walked over packed run-length tokens.
 
 Shapes: B clips, S attention sequences (clips or frames), N kept patches, R rows = patches and CLS tokens laid out
-in sequences, D width, T' tubelets a clip, L blocks.
+in sequences, D width, T' tubelets a clip, L blocks, E rotary features.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -19,45 +16,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rlt_retrieval.config import VideoSettings
-from rlt_retrieval.encoders.attention import Backend, attend_varlen, with_key_bias
+from rlt_retrieval.encoders.attention import Backend, attend_rows, attend_varlen, with_key_bias
+from rlt_retrieval.encoders.layouts import LayoutPlan, frame_plan, joint_plan
 from rlt_retrieval.encoders.packing import PackedTokens, VideoTokens
-from rlt_retrieval.encoders.tokenizer import KEEP_ALL, RunLengthTokenizer
+from rlt_retrieval.encoders.reducers import make_network_reducer, reduced_grid
 from rlt_retrieval.encoders.towers import adapt_tower
 
 logger = logging.getLogger(__name__)
-
-
-def make_tokenizer(settings: VideoSettings, patch_size: int) -> RunLengthTokenizer:
-    """The tokenizer that the settings ask for."""
-    threshold = settings.threshold if settings.reducer == "rlt" else KEEP_ALL
-    return RunLengthTokenizer(patch_size, settings.tubelet_size, threshold, settings.reference)
-
-
-@dataclass(frozen=True)
-class LayoutPlan:
-    """Which token goes where: the host-side index arithmetic of a layout.
-
-    rows: int64 [R], 0 for the CLS token, 1 + n for patch n; cu_seqlens: int32 [S + 1]; weights: float32 [R], the
-    tubelets a row stands for (CLS: 1, or T' with cls_bias "log_T"); key_bias: float32 [R] or None;
-    clip_of_sequence: int64 [S]; sequence_weights: float32 [S], frames a sequence stands for; branch_scales:
-    float32 [L, 2, S] of stochastic depth, or None.
-    """
-
-    rows: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-    weights: Tensor
-    clip_of_sequence: Tensor
-    sequence_weights: Tensor
-    key_bias: Tensor | None = None
-    branch_scales: Tensor | None = None
-
-    def to(self, device: torch.device) -> LayoutPlan:
-        """The same plan on another device."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
 
 
 class VideoEncoder(nn.Module):
@@ -84,6 +49,7 @@ class VideoEncoder(nn.Module):
         self.settings = settings
         self.backend: Backend = backend
         self.gradient_checkpointing = False
+        self.network_reducer = make_network_reducer(settings, len(self.tower.blocks))
         width, patch = self.tower.width, self.tower.patch_size
         if settings.layout == "joint":
             self.temporal_embedding = nn.Parameter(torch.zeros(settings.num_tubelets, width))
@@ -104,22 +70,41 @@ class VideoEncoder(nn.Module):
         Raises:
             ValueError: a token grid that is not the tower's, or random settings in training without seeds.
         """
-        plan = self.plan(packed)
-        device = self.tower.patch_weight.device
-        packed, plan = packed.to(device), plan.to(device)
-        x_RD = self._embed(packed, plan)
-        attend = self._attention(plan)
-        for index, block in enumerate(self.tower.blocks):
-            run_block = functools.partial(self._run_block, block, index, plan, attend)
-            if self.gradient_checkpointing and self.training:
-                x_RD = checkpoint(run_block, x_RD, use_reentrant=False)
-            else:
-                x_RD = run_block(x_RD)
-        pooled = self.tower.pool(x_RD, plan.cu_seqlens, plan.max_seqlen, plan.weights, self._cross_attend)
-        z_SD = F.normalize(_at_least_float32(self.tower.project(pooled)), dim=-1)
+        z_SD, plan = self._encode_sequences(packed)
         weighted_SD = z_SD * plan.sequence_weights.to(z_SD.dtype)[:, None]
         z_BD = z_SD.new_zeros(len(packed), z_SD.shape[1]).index_add(0, plan.clip_of_sequence, weighted_SD)
         return F.normalize(z_BD, dim=-1)
+
+    def encode_frames(self, packed: PackedTokens) -> list[Tensor]:
+        """The embeddings of the frames of each clip, layout "frame" only.
+
+        Returns:
+            float32 [T', D] a clip, unit norm; a frame that was not computed has the one before it.
+        Raises:
+            ValueError: as in `forward`, or another layout.
+        """
+        if self.settings.layout != "frame":
+            raise ValueError("layout 'joint' has no embedding a frame; create the model with layout='frame'")
+        z_SD, plan = self._encode_sequences(packed)
+        z_FD = z_SD.repeat_interleave(plan.sequence_weights.long(), 0)
+        return list(z_FD.split([grid[0] for grid in packed.grids]))
+
+    def _encode_sequences(self, packed: PackedTokens) -> tuple[Tensor, LayoutPlan]:
+        """Unit-norm embeddings of the layout's sequences [S, D], and the plan that came out of the last block."""
+        plan, scales_LPB = self.plan(packed), self._branch_scales(packed)
+        device = self.tower.patch_weight.device
+        packed, plan = packed.to(device), plan.to(device)
+        x_RD = self._embed(packed, plan)
+        rotary_ME = self._rotary_of_tokens(packed)
+        for index, block in enumerate(self.tower.blocks):
+            scales_PB = None if scales_LPB is None else scales_LPB[index].to(device)
+            run_block = functools.partial(self._run_block, block, index, plan, rotary_ME, scales_PB)
+            if self.gradient_checkpointing and self.training:
+                x_RD, plan = checkpoint(run_block, x_RD, use_reentrant=False)
+            else:
+                x_RD, plan = run_block(x_RD)
+        z_SD = self.tower.project(self._pool(x_RD, plan))
+        return F.normalize(_at_least_float32(z_SD), dim=-1), plan
 
     def set_temporal_table(self, table_TD: Tensor) -> None:
         """Start from the temporal table of video weights, [T, D], interpolated to this model's tubelets.
@@ -136,40 +121,49 @@ class VideoEncoder(nn.Module):
         with torch.no_grad():
             self.temporal_embedding.copy_(_interpolated(table_TD[None], self.settings.num_tubelets)[0])
 
-    def num_rows(self, tokens: VideoTokens) -> int:
-        """Patch rows that encoding a clip computes: what a token budget counts.
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(H', W') of the tokens that this encoder reads."""
+        if self.settings.reducer == "resolution":
+            return reduced_grid(self.tower.grid_size, self.settings.required_keep_ratio)
+        return self.tower.grid_size
 
-        In layout "frame" a frame that keeps any token goes through the tower whole.
-        """
+    def num_rows(self, tokens: VideoTokens) -> int:
+        """Rows that encoding a clip computes: what a token budget counts. In layout "frame" each frame has a CLS."""
         if self.settings.layout == "joint":
             return len(tokens)
-        _, height, width = tokens.grid
-        return len(tokens.positions[:, 0].unique()) * height * width
+        return len(tokens) + len(tokens.positions[:, 0].unique())
 
     def plan(self, packed: PackedTokens) -> LayoutPlan:
         """Index plan of the layout for these clips, on the device of the tokens."""
+        self._check(packed)
+        if self.settings.layout == "frame":
+            return frame_plan(packed, has_cls=self.tower.has_cls)
+        drop = self.training and self.settings.patch_dropout > 0
+        return joint_plan(packed, self.settings, has_cls=self.tower.has_cls, drop=drop)
+
+    def _check(self, packed: PackedTokens) -> None:
+        settings, expected = self.settings, self.grid_size
         for grid in packed.grids:
-            if grid[1:] != self.tower.grid_size:
+            if grid[1:] != expected:
                 raise ValueError(
                     f"tokens have a grid of {grid[1]}x{grid[2]} patches; this model expects "
-                    f"{self.tower.grid_size[0]}x{self.tower.grid_size[1]}: tokenize with model.tokenizer"
+                    f"{expected[0]}x{expected[1]}: tokenize with model.tokenizer"
                 )
-        settings, random = self.settings, self.training
         if packed.patches.shape[1] != settings.tubelet_size:
             raise ValueError(
                 f"tokens are tubelets of {packed.patches.shape[1]} frames; this model expects "
                 f"{settings.tubelet_size}: tokenize with model.tokenizer"
             )
-        if random and (settings.stochastic_depth or settings.patch_dropout) and not packed.clip_seeds:
+        is_random = self.training and (settings.stochastic_depth or settings.patch_dropout)
+        if is_random and not packed.clip_seeds:
             raise ValueError("stochastic_depth and patch_dropout need pack(…, clip_seeds=…) in training")
-        if settings.layout == "frame":
-            plan = frame_plan(packed)
-        else:
-            plan = joint_plan(packed, settings, drop=random and settings.patch_dropout > 0)
-        if random and settings.stochastic_depth:
-            scales_LPB = _branch_scales(packed, len(self.tower.blocks), settings.stochastic_depth)
-            plan = replace(plan, branch_scales=scales_LPB[:, :, plan.clip_of_sequence.cpu()])
-        return plan
+
+    def _branch_scales(self, packed: PackedTokens) -> Tensor | None:
+        """float32 [L, 2, B] on the host; None where no branch is ever left out."""
+        if not (self.training and self.settings.stochastic_depth):
+            return None
+        return _draw_branch_scales(packed, len(self.tower.blocks), self.settings.stochastic_depth)
 
     def _embed(self, packed: PackedTokens, plan: LayoutPlan) -> Tensor:
         """Patch embedding, positions and CLS, laid out in rows: [R, D]."""
@@ -177,13 +171,28 @@ class VideoEncoder(nn.Module):
         pixels = (packed.patches.to(weight.dtype) - self.pixel_mean) / self.pixel_std
         if self.settings.tubelet_size > 1:
             weight = weight[:, None] / self.settings.tubelet_size + self.tubelet_weight
-        patches_ND = F.linear(pixels.flatten(1), weight.flatten(1))
-        _, y_N, x_N = packed.positions.unbind(1)
-        patches_ND = patches_ND + self.tower.patch_positions(y_N, x_N)
+        tokens_ND = F.linear(pixels.flatten(1), weight.flatten(1), self.tower.patch_bias)
+        positions_CD = self.tower.position_table(self.grid_size)
+        if positions_CD is not None:
+            tokens_ND = tokens_ND + positions_CD.index_select(0, self._cells(packed))
         if self.settings.layout == "joint":
-            patches_ND = patches_ND + self._time_embeddings(packed)
-        with_cls = torch.cat([self.tower.cls_token().to(patches_ND.dtype)[None], patches_ND])
-        return self.tower.before_blocks(with_cls.index_select(0, plan.rows))
+            tokens_ND = tokens_ND + self._time_embeddings(packed)
+        if not self.tower.has_cls:
+            return self.tower.before_blocks(tokens_ND.index_select(0, plan.rows - 1))
+        cls_1D = self.tower.cls_token().to(tokens_ND.dtype)[None]
+        return self.tower.before_blocks(torch.cat([cls_1D, tokens_ND]).index_select(0, plan.rows))
+
+    def _cells(self, packed: PackedTokens) -> Tensor:
+        """int64 [N], place of each token in its frame's grid, row by row."""
+        _, y_N, x_N = packed.positions.long().unbind(1)
+        return y_N * self.grid_size[1] + x_N
+
+    def _rotary_of_tokens(self, packed: PackedTokens) -> Tensor | None:
+        """Rotary positions of the CLS token and then of each token, [1 + N, E]; None in towers without."""
+        table = self.tower.rotary_table(self.grid_size)
+        if table is None:
+            return None
+        return torch.cat([table[:1], table[1:].index_select(0, self._cells(packed))])
 
     def _time_embeddings(self, packed: PackedTokens) -> Tensor:
         """Temporal plus run-length embedding of each patch, [N, D]."""
@@ -198,7 +207,8 @@ class VideoEncoder(nn.Module):
         clip_N = torch.repeat_interleave(packed.cu_seqlens.diff().long(), output_size=packed.num_tokens)
         start_N = clip_starts_B.to(device)[clip_N]
         length_N = clip_lengths_B.to(device)[clip_N]
-        time_N, run_N = packed.positions[:, 0].long(), packed.run_lengths.long()
+        time_N = packed.positions[:, 0].long()
+        run_N = torch.minimum(packed.run_lengths.long(), length_N)  # a moved token may stand for more cells
         return tables.index_select(0, start_N + time_N) + tables.index_select(
             0, start_N + length_N + run_N - 1
         )
@@ -213,25 +223,43 @@ class VideoEncoder(nn.Module):
         block: nn.Module,
         index: int,
         plan: LayoutPlan,
-        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        rotary_ME: Tensor | None,
+        scales_PB: Tensor | None,
         x_RD: Tensor,
-    ) -> Tensor:
-        for branch, residual in enumerate(self.tower.residuals(block, attend)):
-            change_RD = residual(x_RD)
-            if plan.branch_scales is not None:
-                scales_S = plan.branch_scales[index, branch].to(change_RD.dtype)
-                sequence_lengths = plan.cu_seqlens.diff().long()
-                change_RD = change_RD * scales_S.repeat_interleave(sequence_lengths)[:, None]
-            x_RD = x_RD + change_RD
-        return x_RD
+    ) -> tuple[Tensor, LayoutPlan]:
+        """One block, and what the reducer makes of its rows: the rows that go on, and their plan.
 
-    def _attention(self, plan: LayoutPlan) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        cu, longest = plan.cu_seqlens, plan.max_seqlen
+        Where only CLS rows are read after the last block, only they are computed in it (all rows are still its keys).
+        """
+        seen: list[Tensor] = []
+        is_last = index == len(self.tower.blocks) - 1 and self.tower.pools_cls
+        wanted = plan.first_rows_only() if is_last else plan
 
         def attend(q_RNH: Tensor, k_RNH: Tensor, v_RNH: Tensor) -> Tensor:
-            return self._attend_biased(q_RNH, k_RNH, v_RNH, cu, cu, longest, longest, plan.key_bias)
+            seen[:] = q_RNH, k_RNH
+            q_RNH = q_RNH.index_select(0, plan.first_rows) if is_last else q_RNH
+            return attend_rows(q_RNH, k_RNH, v_RNH, wanted, backend=self.backend)
 
-        return attend
+        rotary_RE = None if rotary_ME is None else rotary_ME.index_select(0, plan.rows)
+        attention, mlp = self.tower.residuals(block, attend, rotary_RE)
+        change_RD = attention(x_RD)
+        x_RD = x_RD.index_select(0, plan.first_rows) if is_last else x_RD
+        x_RD = x_RD + _scaled(change_RD, wanted, None if scales_PB is None else scales_PB[0])
+        if self.network_reducer and not is_last:
+            x_RD, wanted = self.network_reducer.after_attention(index, x_RD, plan, *seen)
+        x_RD = x_RD + _scaled(mlp(x_RD), wanted, None if scales_PB is None else scales_PB[1])
+        if self.network_reducer and not is_last:
+            x_RD, wanted = self.network_reducer.after_block(index, x_RD, wanted)
+        return x_RD, wanted
+
+    def _pool(self, x_RD: Tensor, plan: LayoutPlan) -> Tensor:
+        """One unprojected vector a sequence, [S, D']: a head that pools patches reads the keys of a frame."""
+        if plan.key_rows is None or self.tower.pools_cls:
+            return self.tower.pool(x_RD, plan.cu_q, plan.max_q, plan.weights, self._cross_attend)
+        weights_K = torch.ones(len(plan.key_rows), device=x_RD.device)
+        if plan.key_bias is not None:
+            weights_K = plan.key_bias.exp()
+        return self.tower.pool(x_RD[plan.key_rows], plan.cu_k, plan.max_k, weights_K, self._cross_attend)
 
     def _cross_attend(
         self,
@@ -244,96 +272,22 @@ class VideoEncoder(nn.Module):
         max_k: int,
         weights_T: Tensor,
     ) -> Tensor:
-        """Attention of a pooling head: a token that stands for r tubelets counts r times."""
-        return self._attend_biased(q_TNH, k_TNH, v_TNH, cu_q, cu_k, max_q, max_k, weights_T.log())
-
-    def _attend_biased(
-        self,
-        q_TNH: Tensor,
-        k_TNH: Tensor,
-        v_TNH: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        key_bias_T: Tensor | None,
-    ) -> Tensor:
-        if key_bias_T is None:
-            return attend_varlen(q_TNH, k_TNH, v_TNH, cu_q, cu_k, max_q, max_k, backend=self.backend)
+        """Attention of a pooling head: a token that stands for r cells counts r times."""
         head_size = q_TNH.shape[-1]
-        q_TNH, k_TNH, v_TNH, scale = with_key_bias(q_TNH, k_TNH, v_TNH, key_bias_T)
+        q_TNH, k_TNH, v_TNH, scale = with_key_bias(q_TNH, k_TNH, v_TNH, weights_T.log())
         out = attend_varlen(q_TNH, k_TNH, v_TNH, cu_q, cu_k, max_q, max_k, scale, backend=self.backend)
         return out[..., :head_size]
 
 
-def joint_plan(packed: PackedTokens, settings: VideoSettings, *, drop: bool) -> LayoutPlan:
-    """One sequence a clip: its CLS, then all its kept patches (less those that patch dropout takes away)."""
-    offsets = packed.cu_seqlens.tolist()
-    device = packed.positions.device
-    parts = []
-    for clip, (start, end) in enumerate(itertools.pairwise(offsets)):
-        rows = torch.arange(start + 1, end + 1, device=device)
-        if drop:
-            rows = _dropped(rows, settings.patch_dropout, packed.clip_seeds[clip])
-        parts.append(torch.cat([rows.new_zeros(1), rows]))
-    rows, cu_seqlens, max_seqlen = _lay_out(parts)
-    cls_counts = [grid[0] if settings.cls_bias == "log_T" else 1 for grid in packed.grids]
-    weights = packed.run_lengths.float()[(rows - 1).clamp(min=0)]
-    weights[cu_seqlens[:-1].long()] = torch.tensor(cls_counts, dtype=torch.float32, device=device)
-    key_bias = weights.log() if settings.length_bias else None
-    clips = torch.arange(len(packed), device=device)
-    return LayoutPlan(rows, cu_seqlens, max_seqlen, weights, clips, torch.ones_like(clips).float(), key_bias)
+def _scaled(change_RD: Tensor, plan: LayoutPlan, scales_B: Tensor | None) -> Tensor:
+    """The change of a residual branch, left out or scaled up a clip at a time (stochastic depth)."""
+    if scales_B is None:
+        return change_RD
+    scales_R = scales_B[plan.clip_of_sequence][plan.sequence_of_row]
+    return change_RD * scales_R.to(change_RD.dtype)[:, None]
 
 
-def frame_plan(packed: PackedTokens) -> LayoutPlan:
-    """One sequence a computed frame: its CLS, then for every place of the grid the token whose run covers it.
-
-    The slow and obvious form: each frame that keeps a token goes whole through the tower, on patches copied
-    forward; a frame that keeps none has the previous one's embedding and adds to its weight.
-    """
-    offsets = packed.cu_seqlens.tolist()
-    parts: list[Tensor] = []
-    clips: list[int] = []
-    durations: list[Tensor] = []
-    for clip, (grid, (start, end)) in enumerate(zip(packed.grids, itertools.pairwise(offsets), strict=True)):
-        num_frames, height, width = grid
-        t, y, x = packed.positions[start:end].long().unbind(1)
-        covering = packed.positions.new_zeros(num_frames, height * width, dtype=torch.int64)
-        covering[t, y * width + x] = torch.arange(start + 1, end + 1, device=covering.device)
-        covering = covering.cummax(0).values  # tokens are ordered by t, so the latest one has the largest row
-        computed = t.unique()
-        boundaries = torch.cat([computed, computed.new_tensor([num_frames])])
-        parts += [torch.cat([row.new_zeros(1), row]) for row in covering[computed]]
-        clips += [clip] * len(computed)
-        durations.append(boundaries.diff())
-    rows, cu_seqlens, max_seqlen = _lay_out(parts)
-    weights = torch.ones_like(rows, dtype=torch.float32)
-    return LayoutPlan(
-        rows,
-        cu_seqlens,
-        max_seqlen,
-        weights,
-        torch.tensor(clips, device=rows.device),
-        torch.cat(durations).float(),
-    )
-
-
-def _lay_out(parts: list[Tensor]) -> tuple[Tensor, Tensor, int]:
-    lengths = torch.tensor([len(part) for part in parts])
-    cu_seqlens = torch.zeros(len(parts) + 1, dtype=torch.int32)
-    cu_seqlens[1:] = lengths.cumsum(0)
-    return torch.cat(parts), cu_seqlens.to(parts[0].device), int(lengths.max())
-
-
-def _dropped(rows: Tensor, rate: float, seed: int) -> Tensor:
-    """A uniform draw of the rows, in order; at least one stays."""
-    generator = torch.Generator().manual_seed(seed)
-    num_kept = max(1, round(len(rows) * (1 - rate)))
-    kept = torch.randperm(len(rows), generator=generator)[:num_kept].sort().values
-    return rows[kept.to(rows.device)]
-
-
-def _branch_scales(packed: PackedTokens, num_blocks: int, rate: float) -> Tensor:
+def _draw_branch_scales(packed: PackedTokens, num_blocks: int, rate: float) -> Tensor:
     """Stochastic depth (arXiv 1603.09382), rate growing linearly with depth: float32 [L, 2, B] on the host."""
     rates_L = torch.linspace(0, rate, num_blocks)[:, None]
     draws = [

@@ -66,3 +66,10 @@ def test_what_cannot_be_packed_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         pack(clips, seeds)
+
+
+def test_the_keep_mask_of_tokens_is_the_tokenizers() -> None:
+    tokenizer = RunLengthTokenizer(8, 1, 0.1)
+    frames = torch.randint(0, 256, (4, 3, 16, 24), dtype=torch.uint8)
+    frames[2] = frames[1]
+    assert torch.equal(tokenizer(frames).keep_mask, tokenizer.keep_mask(frames))

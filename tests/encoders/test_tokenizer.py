@@ -46,7 +46,8 @@ def obvious_tokens(
                 else:
                     changed = max(difference(patch[t, i], patch[kept, i]) for i in range(u))
                 differences.append(changed)
-                if changed > tokenizer.threshold:
+                refreshed = tokenizer.refresh_every > 0 and t % tokenizer.refresh_every == 0
+                if changed > tokenizer.threshold or refreshed:
                     kept = t
                     runs[t, y, x] = 0
                 runs[kept, y, x] += 1
@@ -72,13 +73,17 @@ def videos(draw: st.DrawFn, patch: int = 2) -> np.ndarray:
 
 @pytest.mark.parametrize("tubelet", [1, 2])
 @pytest.mark.parametrize("reference", REFERENCES)
-@given(frames=videos(), threshold=st.sampled_from([-1.0, 0.0, 0.01, 0.1, 0.5]))
-@settings(max_examples=40, deadline=None)
+@given(
+    frames=videos(),
+    threshold=st.sampled_from([-1.0, 0.0, 0.01, 0.1, 0.5]),
+    refresh_every=st.sampled_from([0, 0, 1, 2, 3]),
+)
+@settings(max_examples=60, deadline=None)
 def test_fast_tokens_equal_the_definition(
-    frames: np.ndarray, threshold: float, reference: str, tubelet: int
+    frames: np.ndarray, threshold: float, refresh_every: int, reference: str, tubelet: int
 ) -> None:
     """Catches pairing lengths in (y, x, t) order with tokens in (t, y, x) order, as the published code does."""
-    tokenizer = RunLengthTokenizer(2, tubelet, threshold, reference)  # type: ignore[arg-type]
+    tokenizer = RunLengthTokenizer(2, tubelet, threshold, reference, refresh_every)  # type: ignore[arg-type]
     expected, differences = obvious_tokens(frames, tokenizer)
     assume(all(abs(value - threshold) > 1e-12 or value == 0 for value in differences))
     tokens = tokenizer(torch.from_numpy(frames))
@@ -185,6 +190,24 @@ def test_the_paper_compares_the_last_frame_with_the_first_of_the_tubelet_before(
     assert RunLengthTokenizer(2, 2, 0.1, "anchor").keep_mask(frames)[:, 0, 0].tolist() == [True, False]
 
 
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_a_refresh_keeps_whole_tubelets_and_anchors_them(reference: str) -> None:
+    """Four grey levels a step, threshold 0.1 = 5.7: `anchor` also keeps the tubelets two steps after each anchor."""
+    steps = np.array([0, 4, 8, 12, 16, 20, 24], np.uint8)[:, None, None, None]
+    frames = torch.from_numpy(np.full((7, 3, 2, 2), 64, np.uint8) + steps)
+    kept = {
+        every: RunLengthTokenizer(2, 1, 0.1, reference, every)
+        .keep_mask(frames)
+        .flatten()
+        .nonzero()[:, 0]
+        .tolist()  # type: ignore[arg-type]
+        for every in (0, 1, 3)
+    }
+    assert kept[0] == ([0] if reference == "previous" else [0, 2, 4, 6])
+    assert kept[1] == list(range(7))
+    assert kept[3] == ([0, 3, 6] if reference == "previous" else [0, 2, 3, 5, 6])
+
+
 @pytest.mark.parametrize("num_frames", [1, 2, 5])
 def test_an_odd_last_frame_is_repeated(num_frames: int) -> None:
     frames = torch.from_numpy(
@@ -253,6 +276,7 @@ def test_masks_depend_on_nothing_but_the_pixels(frames: np.ndarray, threshold: f
         ({"reference": "next"}, "reference is 'next'"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"threshold": float("inf")}, "threshold is inf"),
+        ({"refresh_every": -1}, "refresh_every is -1; it must be 0"),
     ],
 )
 def test_impossible_settings_are_refused(options: dict, message: str) -> None:

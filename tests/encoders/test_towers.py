@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import re
 import socket
 import time
 import urllib.request
@@ -13,13 +14,17 @@ import open_clip
 import pytest
 import torch
 from huggingface_hub import constants as hub
+from open_clip.model import resize_pos_embed
 from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
-from small_models import SMALL_TEXT, small_config
+from small_models import SMALL_TEXT, randomise, small_config
+from small_towers import walk
 from torch import nn
 
 from rlt_retrieval.encoders.towers import adapt_tower, loading
-from rlt_retrieval.encoders.towers.loading import build_clip, create_clip
+from rlt_retrieval.encoders.towers import hub as hub_files
+from rlt_retrieval.encoders.towers.building import build_clip
+from rlt_retrieval.encoders.towers.loading import create_clip
 from rlt_retrieval.errors import ModelError
 
 
@@ -55,7 +60,7 @@ def download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Every download gives this file."""
     path = weight_file(tmp_path / "downloaded.safetensors", seed=7)
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda cfg, cache_dir=None: str(path))
-    monkeypatch.setattr(loading, "_reachable", lambda url: True)
+    monkeypatch.setattr(hub_files, "reachable", lambda url: True)
     return path
 
 
@@ -89,11 +94,11 @@ def test_the_list_of_tags_is_not_empty() -> None:
 def test_the_tags_own_activation_wins(name: str, tag: str, said: Callable[[str], list[str]]) -> None:
     """open_clip builds ViT-B-16 + openai with GELU and only warns; said once where the two differ."""
     needed = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False))
-    config = open_clip.get_model_config(name)
-    assert loading._quick_gelu(name, config, tag, None) is needed
+    found = loading._find(name)
+    assert loading._quick_gelu(found, tag, None) is needed
     lines = said("as its weights need")
-    assert len(lines) == (needed != config.get("quick_gelu", False))
-    assert loading._quick_gelu(name, config, tag, not needed) is needed
+    assert len(lines) == (needed != found.model_cfg.get("quick_gelu", False))
+    assert loading._quick_gelu(found, tag, not needed) is needed
     assert f"{name} + {tag}: using {'QuickGELU' if needed else 'GELU'}, as its weights need" in said("as its")
 
 
@@ -237,7 +242,6 @@ def test_files_that_do_not_fit_are_one_line(
     ("backbone", "pretrained", "message"),
     [
         ("ViT-B-61", None, "backbone 'ViT-B-61' is not an open_clip model; try ViT-B-32"),
-        ("hf-hub:timm/x", None, "backbone 'hf-hub:timm/x': give an open_clip model name and its weights"),
         (
             "ViT-B-32",
             "opanai",
@@ -259,36 +263,117 @@ def test_what_cannot_be_created_says_the_way_out(
     assert "\n" not in str(caught.value)
 
 
+# --- the walk over open_clip's own towers -------------------------------------------------------------------------
+
+
+def small_visual(**vision: Any) -> nn.Module:
+    visual = build_clip(small_config(**vision)).eval().visual
+    randomise(visual)
+    return visual
+
+
+@pytest.mark.parametrize(
+    ("patch", "size"), [(14, 224), (14, 448), (16, 240), (16, 320), (32, 256), (32, 448)]
+)
+@pytest.mark.parametrize("pooling", [{}, {"pool_type": "avg"}, {"attentional_pool": "parallel"}], ids=str)
+def test_patches_and_pictures_of_every_size(patch: int, size: int, pooling: dict[str, Any]) -> None:
+    visual = small_visual(patch_size=patch, image_size=size, **pooling)
+    pictures_BCHW = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = visual(pictures_BCHW).flatten(1)
+        torch.testing.assert_close(walk(adapt_tower(visual), pictures_BCHW), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [16, 48, 64])
+def test_another_grid_gets_the_positions_that_open_clip_gives_it(size: int) -> None:
+    """open_clip resamples the table when it loads weights into a tower of another size."""
+    small, other = (build_clip(small_config(image_size=side)).eval() for side in (32, size))
+    randomise(small)
+    state = small.state_dict()
+    resize_pos_embed(state, other)
+    other.load_state_dict(state)
+    pictures_BCHW = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        seen = walk(adapt_tower(small.visual), pictures_BCHW)
+        torch.testing.assert_close(seen, other.visual(pictures_BCHW), atol=1e-5, rtol=1e-5)
+
+
 # --- towers of another kind ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "pretrained", "kind"),
     [
-        ("RN50", "openai", "ModifiedResNet"),
-        ("RN50", None, "ModifiedResNet"),
-        ("ViT-B-16-SigLIP", "webli", "timm vit_base_patch16_siglip_224"),
-        ("EVA02-B-16", None, "timm eva02_base_patch16_clip_224"),
-        ("convnext_base", None, "timm convnext_base"),
+        ("RN50", "openai", "ModifiedResNet (open_clip.modified_resnet) has convolutions"),
+        ("RN50", None, "ModifiedResNet (open_clip.modified_resnet) has convolutions"),
+        ("convnext_base", None, "convnext_base (timm.models.convnext) has convolutions"),
+        ("ViTamin-B", "datacomp1b", "vitamin_base_224 (timm.models.vitamin) has a convolutional stem"),
+        (
+            "MobileCLIP-B",
+            None,
+            "vit_base_mci_224 (timm.models.vision_transformer_hybrid) has a convolutional stem",
+        ),
+        ("swin_base_patch4_window7_224", None, "(timm.models.swin_transformer) has windowed attention"),
+        ("vit_relpos_medium_patch16_cls_224", None, "has relative positions inside attention"),
+        (
+            "ViT-SO400M-14-SigLIP-384",
+            "webli",
+            "cuts (384, 384) pixels into patches of (14, 14), not into squares",
+        ),
     ],
 )
-def test_other_towers_are_named_before_anything_is_downloaded(
+def test_other_towers_are_refused_before_anything_is_downloaded(
     name: str, pretrained: str | None, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: pytest.fail("it was built"))
-    with pytest.raises(
-        ModelError, match=f"the image tower is a {kind}; supported is open_clip.transformer.Vision"
-    ):
+    monkeypatch.setattr(loading, "build_clip", lambda *a, **k: pytest.fail("it was built"))
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *a, **k: pytest.fail("downloaded"))
+    with pytest.raises(ModelError, match=re.escape(kind)) as caught:
         create_clip(name, pretrained)
+    assert str(caught.value).endswith("(`rlt-retrieval models` lists them)")
+
+
+def timm_table(timm_name: str, image_size: int = 224, pool: str = "token") -> dict[str, Any]:
+    vision = {"timm_model_name": timm_name, "timm_pool": pool, "timm_proj": None, "image_size": image_size}
+    return {"embed_dim": 8, "custom_text": True, "vision_cfg": vision, "text_cfg": dict(SMALL_TEXT)}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            timm_table("naflexvit_base_patch16_siglip", pool="map"),
+            "has a grid of its own for every picture (NaFlex)",
+        ),
+        (timm_table("vit_base_patch16_reg4_gap_256", 256, "avg"), "has 4 tokens before its patches"),
+        (
+            timm_table("vit_base_patch16_siglip_224", 256, "map"),
+            "configured for images of (256, 256) pixels and built",
+        ),
+        (
+            timm_table("vit_base_patch16_clip_224", pool="max"),
+            "pools by 'max', not by one of token, avg, map",
+        ),
+        (
+            timm_table("vit_base_patch16_rope_mixed_224", pool="avg"),
+            "rotates by RotaryEmbeddingMixed, not by one",
+        ),
+        (timm_table("vit_base_patch16_18x2_224"), "has blocks of the kind ParallelThingsBlock, not of Block"),
+        (timm_table("no_such_model"), "cannot be built: Unknown model (no_such_model)"),
+        (small_config(pool_type="none"), "has pool_type 'none' and gives one vector a token"),
+        (small_config(image_size=30), "patches of (8, 8), not into squares that fill the image"),
+    ],
+)
+def test_options_that_no_adapter_walks_are_named(config: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(reason)) as caught:
+        create_clip(config, None)
+    assert "\n" not in str(caught.value)
 
 
 def test_adapt_tower_names_what_it_got() -> None:
-    with pytest.raises(ModelError, match=r"is a torch\.nn\.modules\.linear\.Linear; supported is"):
+    with pytest.raises(
+        ModelError, match=r"tower Linear \(torch\.nn\.modules\.linear\) is of a kind that no adapter"
+    ):
         adapt_tower(nn.Linear(2, 2))
-    wrapped = nn.Module()
-    wrapped.trunk = nn.Linear(2, 2)
-    with pytest.raises(ModelError, match=r"Module around torch\.nn\.modules\.linear\.Linear; supported"):
-        adapt_tower(wrapped)
 
 
 # --- no network ---------------------------------------------------------------------------------------------------
@@ -300,10 +385,12 @@ def test_without_network_the_local_file_is_named_at_once(name: str, no_network: 
     with pytest.raises(ModelError) as caught:
         create_clip(name, "openai")
     message = str(caught.value)
+    repository = f"vit_base_patch{name[-2:]}_clip_224.openai"
     assert message.startswith(f"the weights {name} + openai could not be downloaded (")
     assert message.endswith(
-        "get the file on a machine with network and pass it instead: --pretrained path/to/weights.safetensors "
-        '(pretrained="…" in Python)'
+        f"on a machine with network open https://huggingface.co/timm/{repository}, get open_clip_model.safetensors "
+        'there and pass it: --pretrained path/to/open_clip_model.safetensors (pretrained="…" in Python); or copy '
+        f"that machine's models--timm--{repository} to {no_network}"
     )
     assert "\n" not in message
     assert hub.HF_HUB_OFFLINE is False
@@ -326,17 +413,17 @@ def test_a_download_that_breaks_names_its_reason(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("certificate has\nexpired")
 
     monkeypatch.setattr(open_clip.factory, "download_pretrained", breaks)
-    monkeypatch.setattr(loading, "_reachable", lambda url: True)
+    monkeypatch.setattr(hub_files, "reachable", lambda url: True)
     with pytest.raises(
-        ModelError, match=r"could not be downloaded \(.*certificate has expired\); get the file"
+        ModelError, match=r"could not be downloaded \(.*certificate has expired\); on a machine with"
     ):
         create_clip("ViT-B-16", "openai")
 
 
 def test_a_proxy_is_left_to_the_hubs_client(monkeypatch: pytest.MonkeyPatch, no_network: Path) -> None:
-    assert not loading._reachable("https://huggingface.co")
+    assert not hub_files.reachable("https://huggingface.co")
     monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
-    assert loading._reachable("https://huggingface.co")
+    assert hub_files.reachable("https://huggingface.co")
 
 
 # --- random weights -----------------------------------------------------------------------------------------------

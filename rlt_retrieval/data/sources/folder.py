@@ -47,11 +47,12 @@ def read_folder(folder: str | Path) -> list[SourceClip]:
     """
     root = Path(folder)
     return [
-        SourceClip(path, _captions(path), path.relative_to(root).as_posix()) for path in list_videos(root)
+        SourceClip(path, captions_beside(path), path.relative_to(root).as_posix())
+        for path in list_videos(root)
     ]
 
 
-def _captions(video: Path) -> tuple[str, ...]:
+def captions_beside(video: Path) -> tuple[str, ...]:
     side_file = video.with_suffix(".txt")
     if not side_file.is_file():
         return ()

@@ -6,8 +6,6 @@ inside `nn.MultiheadAttention`. Shapes: T packed tokens, D width, N heads, H hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from open_clip.transformer import (
     Attention,
@@ -18,13 +16,21 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlt_retrieval.errors import ModelError
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q_TNH, k_TNH, v_TNH -> out_TNH
+from rlt_retrieval.encoders.towers.protocol import (
+    Attend,
+    CrossAttend,
+    Residual,
+    refused_tower,
+    resampled,
+    weighted_mean,
+)
 
 
 class OpenClipVisionTower:
     """Reads a `VisionTransformer` in place; holds no parameter of its own."""
+
+    has_cls = True
+    patch_bias: Tensor | None = None
 
     def __init__(self, visual: VisionTransformer) -> None:
         """
@@ -36,11 +42,7 @@ class OpenClipVisionTower:
         self.width: int = visual.class_embedding.shape[0]
         self.patch_size: int = visual.patch_size[0]
         self.grid_size: tuple[int, int] = visual.grid_size
-
-    @staticmethod
-    def accepts(visual: nn.Module) -> bool:
-        """Whether this adapter can walk the tower."""
-        return isinstance(visual, VisionTransformer)
+        self.pools_cls = visual.attn_pool is None and visual.pool_type != "avg"
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -56,16 +58,20 @@ class OpenClipVisionTower:
         """[D], with its position."""
         return self.visual.class_embedding + self.visual.positional_embedding[0]
 
-    def patch_positions(self, y_T: Tensor, x_T: Tensor) -> Tensor:
-        """[T, D], the position embedding of each token's place."""
-        places_T = 1 + y_T.long() * self.grid_size[1] + x_T.long()
-        return self.visual.positional_embedding.index_select(0, places_T)
+    def position_table(self, grid: tuple[int, int]) -> Tensor:
+        """[H'W', D], row-major, resampled where `grid` is not the tower's own."""
+        return resampled(self.visual.positional_embedding[1:], self.grid_size, grid)
+
+    def rotary_table(self, grid: tuple[int, int]) -> None:
+        """This family rotates nothing."""
 
     def before_blocks(self, x_TD: Tensor) -> Tensor:
         """The norm before the blocks (identity where the tower has none)."""
         return self.visual.ln_pre(x_TD)
 
-    def residuals(self, block: nn.Module, attend: Attend) -> tuple[Callable[[Tensor], Tensor], ...]:
+    def residuals(
+        self, block: nn.Module, attend: Attend, rotary_TE: Tensor | None
+    ) -> tuple[Residual, Residual]:
         """The two residual branches of a block: attention and MLP, each from [T, D] to [T, D]."""
         if isinstance(block, ResidualAttentionBlock):
             return (
@@ -81,16 +87,7 @@ class OpenClipVisionTower:
     def pool(
         self, x_TD: Tensor, cu_seqlens: Tensor, max_seqlen: int, weights_T: Tensor, cross_attend: CrossAttend
     ) -> Tensor:
-        """One unprojected vector a sequence, as the tower pools an image.
-
-        Args:
-            x_TD: output of the last block; each sequence is its CLS followed by its patches.
-            cu_seqlens, max_seqlen: the sequences.
-            weights_T: float [T], how many tubelets each token stands for; heads that pool patches weight them by it.
-            cross_attend: attention of one query set a sequence over its tokens.
-        Returns:
-            [B, D'], before the projection.
-        """
+        """[B, D'], before the projection; see `Tower.pool`."""
         visual = self.visual
         if visual.attn_pool is not None:
             pooled_BQD = self._attention_pool(x_TD, cu_seqlens, max_seqlen, weights_T, cross_attend)
@@ -107,12 +104,7 @@ class OpenClipVisionTower:
         cls_rows_B = cu_seqlens[:-1].long()
         if self.visual.pool_type != "avg":
             return x_TD[cls_rows_B]
-        patch_weights_T = weights_T.to(x_TD.dtype).index_fill(0, cls_rows_B, 0.0)
-        sequence_T = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=len(x_TD))
-        zeros_BD = x_TD.new_zeros(len(cls_rows_B), x_TD.shape[1])
-        sums_BD = zeros_BD.index_add(0, sequence_T, x_TD * patch_weights_T[:, None])
-        totals_B = zeros_BD[:, 0].index_add(0, sequence_T, patch_weights_T)
-        return sums_BD / totals_B[:, None]
+        return weighted_mean(x_TD, cu_seqlens, weights_T.index_fill(0, cls_rows_B, 0.0))
 
     def _attention_pool(
         self, x_TD: Tensor, cu_seqlens: Tensor, max_seqlen: int, weights_T: Tensor, cross_attend: CrossAttend
@@ -134,23 +126,15 @@ class OpenClipVisionTower:
 def _check_supported(visual: VisionTransformer) -> None:
     sides = [(image, patch) for image, patch in zip(visual.image_size, visual.patch_size, strict=True)]
     if visual.patch_size[0] != visual.patch_size[1] or any(image % patch for image, patch in sides):
-        raise ModelError(
-            f"the image tower cuts {visual.image_size} pixels into patches of {visual.patch_size}; expected square "
-            "patches that fill the image: choose another backbone"
+        raise refused_tower(
+            f"cuts {visual.image_size} pixels into patches of {visual.patch_size}, not into squares that fill the image"
         )
     pools_to_one = visual.pool_type != "none" or getattr(visual, "attn_pool_type", "") in (
         "parallel",
         "cascade",
     )
     if not pools_to_one:
-        raise ModelError(
-            "the image tower has pool_type 'none' and gives one vector a token; expected one a picture: "
-            "choose a backbone with pool_type 'tok' or 'avg', or with attention pooling"
-        )
-
-
-# q_TNH, k_TNH, v_TNH, cu_q, cu_k, max_q, max_k, key weights_T -> out_TNH
-CrossAttend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, Tensor], Tensor]
+        raise refused_tower("has pool_type 'none' and gives one vector a token, and not one a picture")
 
 
 def _multihead(attention: nn.MultiheadAttention, x_TD: Tensor, attend: Attend) -> Tensor:

@@ -1,0 +1,191 @@
+"""Attention layouts: which token goes where. Index arithmetic alone, on the host where the tokens are there.
+
+Shapes: B clips, S attention sequences (clips or frames), N kept patches, R rows = patches and CLS tokens laid out in
+sequences, K keys, L blocks; grid T' x H' x W' with C = H' * W' cells a frame.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlt_retrieval.config import VideoSettings
+from rlt_retrieval.encoders.packing import PackedTokens, covering_tokens
+
+
+@dataclass(frozen=True)
+class LayoutPlan:
+    """Rows of S sequences, one after the other, and the keys that each sequence's queries see.
+
+    rows: int64 [R], 0 for the CLS token, 1 + n for patch n; cu_q: int32 [S + 1]; max_q: longest sequence;
+    key_rows: int64 [K], rows that are keys, sequence by sequence, or None: each sequence's own rows;
+    cu_k: int32 [S + 1]; max_k; weights: float32 [R], the cells a row stands for (CLS: 1, or T' with cls_bias "log_T");
+    key_bias: float32 [K], added to the logits of each key, or None; clip_of_sequence: int64 [S];
+    sequence_weights: float32 [S], frames a sequence stands for; owner: int64 [R0], row that each row of the first
+    plan was merged into (-1: dropped), or None
+    before the first merge.
+    """
+
+    rows: Tensor
+    cu_q: Tensor
+    max_q: int
+    key_rows: Tensor | None
+    cu_k: Tensor
+    max_k: int
+    weights: Tensor
+    key_bias: Tensor | None
+    clip_of_sequence: Tensor
+    sequence_weights: Tensor
+    owner: Tensor | None = None
+
+    def to(self, device: torch.device) -> LayoutPlan:
+        """The same plan on another device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    def first_rows_only(self) -> LayoutPlan:
+        """The plan of a block after which only the first row of each sequence is read: all keys, one query."""
+        count = len(self.clip_of_sequence)
+        return replace(
+            self,
+            rows=self.rows[self.first_rows],
+            cu_q=torch.arange(count + 1, dtype=torch.int32, device=self.rows.device),
+            max_q=1,
+            weights=self.weights[self.first_rows],
+        )
+
+    @property
+    def first_rows(self) -> Tensor:
+        """int64 [S], where each sequence begins: its CLS row in towers that have one."""
+        return self.cu_q[:-1].long()
+
+    @functools.cached_property
+    def sequence_of_row(self) -> Tensor:
+        """int64 [R]."""
+        return torch.repeat_interleave(self.cu_q.diff().long(), output_size=len(self.rows))
+
+    @functools.cached_property
+    def key_updates(self) -> list[tuple[Tensor, Tensor]]:
+        """What changes from one sequence's keys to the next: (places among the keys, rows to put there) a sequence.
+
+        The first sequence of a clip, and one with another number of keys, changes everything.
+        """
+        assert self.key_rows is not None
+        counts = self.cu_k.diff().tolist()
+        clips = self.clip_of_sequence.tolist()
+        updates = []
+        before, clip_before = None, -1
+        for clip, rows in zip(clips, self.key_rows.split(counts), strict=True):
+            if before is None or clip != clip_before or len(rows) != len(before):
+                places = torch.arange(len(rows), device=rows.device)
+            else:
+                places = (rows != before).nonzero()[:, 0]
+            updates.append((places, rows[places]))
+            before, clip_before = rows, clip
+        return updates
+
+
+def joint_plan(
+    packed: PackedTokens, settings: VideoSettings, *, has_cls: bool = True, drop: bool = False
+) -> LayoutPlan:
+    """One sequence a clip: its CLS, then all its kept patches (less those that patch dropout takes away)."""
+    offsets = packed.cu_seqlens.tolist()
+    device = packed.positions.device
+    parts = []
+    for clip, (start, end) in enumerate(itertools.pairwise(offsets)):
+        rows = torch.arange(start + 1, end + 1, device=device)
+        if drop:
+            rows = _dropped(rows, settings.patch_dropout, packed.clip_seeds[clip])
+        parts.append(torch.cat([rows.new_zeros(int(has_cls)), rows]))
+    rows = torch.cat(parts)
+    cu_q, max_q = _offsets([len(part) for part in parts], device)
+    weights = packed.run_lengths.float()[(rows - 1).clamp(min=0)]
+    if has_cls:
+        cls_counts = [grid[0] if settings.cls_bias == "log_T" else 1 for grid in packed.grids]
+        weights[cu_q[:-1].long()] = torch.tensor(cls_counts, dtype=torch.float32, device=device)
+    # Merged rows attend by their sizes, so rows that will merge start with theirs.
+    by_size = settings.length_bias or settings.reducer == "rlt+tome"
+    key_bias = weights.log() if by_size else None
+    clips = torch.arange(len(packed), device=device)
+    return LayoutPlan(
+        rows, cu_q, max_q, None, cu_q, max_q, weights, key_bias, clips, torch.ones_like(clips).float()
+    )
+
+
+def frame_plan(packed: PackedTokens, *, has_cls: bool = True) -> LayoutPlan:
+    """One sequence a frame that keeps any token: its CLS and its kept tokens.
+
+    Its keys are its CLS and, for every cell of its grid, the token that stands for it, whichever frame that came with.
+    A frame that keeps none is not computed: its embedding is the previous one's, and adds to its weight.
+    """
+    offsets = packed.cu_seqlens.tolist()
+    lengths: list[int] = []
+    clips: list[int] = []
+    durations: list[Tensor] = []
+    key_tokens: list[Tensor] = []  # of each clip: [frames computed, C], counted over the batch
+    for clip, (start, end) in enumerate(itertools.pairwise(offsets)):
+        frame_N = packed.positions[start:end, 0].long()
+        computed_F, counts_F = frame_N.unique_consecutive(return_counts=True)
+        covering = covering_tokens(packed.positions[start:end], packed.grids[clip], packed.coverings[clip])
+        key_tokens.append(start + covering[computed_F].flatten(1))
+        lengths += counts_F.tolist()
+        clips += [clip] * len(computed_F)
+        durations.append(torch.cat([computed_F, computed_F.new_tensor([packed.grids[clip][0]])]).diff())
+    return _with_keys(lengths, clips, durations, key_tokens, packed, has_cls)
+
+
+def _with_keys(
+    lengths: list[int],
+    clips: list[int],
+    durations: list[Tensor],
+    key_tokens: list[Tensor],
+    packed: PackedTokens,
+    has_cls: bool,
+) -> LayoutPlan:
+    device, extra = packed.positions.device, int(has_cls)
+    sequence_N = torch.repeat_interleave(torch.tensor(lengths, device=device), output_size=packed.num_tokens)
+    row_N = torch.arange(packed.num_tokens, device=device) + extra * (1 + sequence_N)
+    cu_q, max_q = _offsets([length + extra for length in lengths], device)
+    rows = torch.zeros(packed.num_tokens + extra * len(lengths), dtype=torch.int64, device=device)
+    rows[row_N] = torch.arange(1, packed.num_tokens + 1, device=device)
+    cu_k, max_k = _offsets(
+        [tokens.shape[1] + extra for tokens in key_tokens for _ in range(len(tokens))], device
+    )
+    key_rows = None
+    if int(cu_k[-1]) != len(rows):  # something was dropped
+        cls_rows = iter(cu_q[:-1].long().split([len(tokens) for tokens in key_tokens]))
+        parts = [torch.cat([next(cls_rows)[:, None][:, :extra], row_N[tokens]], 1) for tokens in key_tokens]
+        key_rows = torch.cat([part.flatten() for part in parts])
+    return LayoutPlan(
+        rows,
+        cu_q,
+        max_q,
+        key_rows,
+        cu_k,
+        max_k,
+        torch.ones(len(rows), device=device),
+        None,
+        torch.tensor(clips, device=device),
+        torch.cat(durations).float(),
+    )
+
+
+def _offsets(lengths: list[int], device: torch.device) -> tuple[Tensor, int]:
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return offsets.to(device), max(lengths)
+
+
+def _dropped(rows: Tensor, rate: float, seed: int) -> Tensor:
+    """A uniform draw of the rows, in order; at least one stays."""
+    generator = torch.Generator().manual_seed(seed)
+    num_kept = max(1, round(len(rows) * (1 - rate)))
+    kept = torch.randperm(len(rows), generator=generator)[:num_kept].sort().values
+    return rows[kept.to(rows.device)]
