@@ -23,10 +23,11 @@ from rlt_retrieval.console import (
     say,
     say_problem,
 )
-from rlt_retrieval.errors import RetrievalError
+from rlt_retrieval.errors import ConfigError, RetrievalError
 
 if TYPE_CHECKING:
     from rlt_retrieval.embed import LoaderOptions
+    from rlt_retrieval.encoders.towers.catalogue import ModelRow
     from rlt_retrieval.eval.report_folder import Evaluated
     from rlt_retrieval.model import VideoTextModel
     from rlt_retrieval.training.loop import TrainResult
@@ -52,6 +53,20 @@ def loader_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--workers", type=click.IntRange(0), help="Decoding processes. [default: a quarter of the cores]"
     )(command)
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of commands that take a trained model or stock weights; see `_model_maker`."""
+    for option in (
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Video setting, e.g. num_frames=8."
+        ),
+        click.option("--pretrained", help="open_clip tag, weight file, or none (random). [default: openai]"),
+        click.option("--backbone", help="open_clip model name. [default: ViT-B-16]"),
+        click.option("--model", "model_path", help="A trained model: a run folder, or its model folder."),
+    ):
+        command = option(command)
+    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -220,12 +235,7 @@ def index() -> None:
 @index.command("build")
 @click.argument("index_path", metavar="INDEX", type=click.Path(path_type=Path))
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
-@click.option("--model", "model_path", help="A trained model: a run folder, or its model folder.")
-@click.option("--backbone", help="open_clip model name. [default: ViT-B-16]")
-@click.option("--pretrained", help="open_clip tag, weight file, or none (random). [default: openai]")
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Video setting, e.g. num_frames=8."
-)
+@model_options
 @click.option(
     "--window-seconds", type=click.FloatRange(0, min_open=True), help="Length of a clip. [default: 10]"
 )
@@ -412,6 +422,82 @@ def evaluate(
     _exit(EXIT_SKIPPED if run.values.get("skipped") or run.scored.is_partial else 0)
 
 
+@cli.group()
+def bench() -> None:
+    """Measure what a model costs and what it loses."""
+
+
+@bench.command("reducers")
+@click.argument("sources", metavar="CLIPS...", nargs=-1, required=True)
+@model_options
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Of each timing.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for bench.json, .md and .png.")
+@loader_options
+@device_option
+@json_option
+def bench_reducers(
+    sources: tuple[str, ...],
+    model_path: str | None,
+    backbone: str | None,
+    pretrained: str | None,
+    overrides: tuple[str, ...],
+    repeats: int,
+    out: Path | None,
+    workers: int | None,
+    decode_timeout_seconds: float,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Compare all token reducers at the cost of run-length tokens.
+
+    CLIPS are videos, folders of them (captions in side files), caption files (CSV, JSON lines) and .tar shards.
+    Of a video that is not cut by a caption file, the first 10 seconds are taken. Stock weights are measured in
+    the layouts frame and joint, a trained model in its own.
+
+    \b
+    rlt-retrieval bench reducers my_videos/ --model runs/finetune
+    rlt-retrieval bench reducers my_videos/ --out bench_out \\
+        --backbone ViT-B-32 --pretrained none
+    """
+    from rlt_retrieval.bench.report import run_bench, write_bench
+    from rlt_retrieval.data.files import make_folder
+
+    makers = _model_makers(model_path, backbone, pretrained, overrides, device)
+    if out:
+        make_folder(out)  # a place that cannot be written shows before the work, not after it
+    loader = _loader(workers, decode_timeout_seconds)
+    with progress_bar("measuring") as on_progress:
+        result = run_bench(makers, sources, loader, repeats=repeats, on_progress=on_progress)
+    for line in result.skipped:
+        say(f"skipped {line}")
+    print(json.dumps(result.to_dict(), indent=2) if as_json else result.to_markdown())
+    if out:
+        write_bench(out, result)
+    _exit(EXIT_SKIPPED if result.skipped else 0)
+
+
+@cli.command()
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("--all", "with_unsupported", is_flag=True, help="Unsupported ones too, with the reason.")
+@json_option
+def models(names: tuple[str, ...], with_unsupported: bool, as_json: bool) -> None:
+    """List the open_clip models whose image tower can read run-length tokens.
+
+    With NAMEs: those whose name contains one of them, supported or not. The tags are the published weights.
+
+    \b
+    rlt-retrieval models
+    rlt-retrieval models SigLIP2 --json
+    """
+    from rlt_retrieval.encoders.towers.catalogue import list_models
+
+    rows = [row for row in list_models() if row.supported or with_unsupported or names]
+    rows = [row for row in rows if any(name.lower() in row.name.lower() for name in names or ("",))]
+    if not rows:
+        raise ConfigError(f"no model of open_clip has {' or '.join(names)} in its name; try models --all")
+    print(json.dumps([asdict(row) for row in rows], indent=2) if as_json else _models_text(rows))
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line; errors that a user can cause are one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -491,6 +577,43 @@ def _model_maker(
     return make
 
 
+def _model_makers(
+    model_path: str | None,
+    backbone: str | None,
+    pretrained: str | None,
+    overrides: Sequence[str],
+    device: str,
+) -> list[Callable[[], VideoTextModel]]:
+    """A trained model in its own layout; stock weights in the layout that was asked for, else in both."""
+    from rlt_retrieval.config import parse_video_settings
+
+    if model_path or "layout" in parse_video_settings(overrides):
+        makers = [_model_maker(model_path, backbone, pretrained, overrides, device)]
+    else:
+        both = ([*overrides, f"layout={layout}"] for layout in ("frame", "joint"))
+        makers = [_model_maker(None, backbone, pretrained, settings, device) for settings in both]
+    return [make for make in makers if make]
+
+
+def _models_text(rows: Sequence[ModelRow]) -> str:
+    """A line a model; its tags, or why it is not supported, last: they may be long."""
+    cells = [["model", "parameters", "GFLOPs a frame", "input", "pretrained tags (licence)"]]
+    for row in rows:
+        parameters = (row.image_parameters or 0) + (row.text_parameters or 0)
+        size = "x".join(map(str, row.image_size or ()))
+        tags = [tag.name if tag.licence == "unknown" else f"{tag.name} ({tag.licence})" for tag in row.tags]
+        numbers = [f"{parameters:,.0f} M", f"{row.gflops or 0:,.1f}", size] if row.supported else ["–"] * 3
+        cells.append(
+            [row.name, *numbers, ", ".join(tags) if row.supported else row.reason.partition(": ")[0]]
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:]), last])
+        for name, *numbers, last in cells
+    ]
+    return "\n".join([*lines, "No licence beside a tag: not known here, see its model card."])
+
+
 def _evaluate_model(
     sources: Sequence[str],
     model_path: str,
@@ -510,7 +633,7 @@ def _evaluate_model(
 
     queries = read_query_bank(query_bank) if query_bank else None
     model = VideoTextModel.load(model_path, device=device)
-    model = model.with_reducer(reducer) if reducer else model
+    model = model.with_settings(reducer=reducer) if reducer else model
     with progress_bar("embedding clips") as on_progress:
         scores = evaluate_shards(model, sources, loader, protocol=protocol, on_progress=on_progress)
     for failure in scores.skipped:

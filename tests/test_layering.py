@@ -18,7 +18,7 @@ LAYERS = (
     ("encoders", "data"),
     ("model", "indexing", "eval"),
     ("embed",),
-    ("video_index",),
+    ("video_index", "bench"),
     ("serving", "training", "viz", "console"),
     ("cli", "demo"),
     ("__main__",),

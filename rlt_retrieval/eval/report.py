@@ -188,7 +188,7 @@ def metrics_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     notes = [f"{run}: {note}" for run, result in results.items() if (note := _counts(result))]
     notes += [line for run, result in results.items() for line in _differences(run, result)]
-    return "\n".join(_aligned(rows) + notes)
+    return "\n".join(aligned_table(rows) + notes)
 
 
 def line_chart_png(
@@ -272,7 +272,7 @@ def _counts(result: Mapping[str, Any]) -> str:
     return "; ".join([*([result["note"]] if result.get("note") else []), *said])
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned_table(rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| "
