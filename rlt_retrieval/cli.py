@@ -344,7 +344,9 @@ def search(
     type=click.Choice(["ek100", "msrvtt", "captions"]),
     help="[default: ek100 for shards made from it, else captions]",
 )
-@click.option("--reducer", type=click.Choice(["rlt", "none"]), help="Instead of the model's own.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Another video setting, e.g. reducer=none."
+)
 @click.option(
     "--query-bank",
     type=click.Path(path_type=Path),
@@ -375,7 +377,7 @@ def evaluate(
     sources: tuple[str, ...],
     model_path: str | None,
     protocol: Any,
-    reducer: Any,
+    overrides: tuple[str, ...],
     query_bank: Path | None,
     max_bad_fraction: float,
     embeddings: Path | None,
@@ -407,13 +409,13 @@ def evaluate(
     if report:
         make_folder(report)  # a place that cannot be written shows before the work, not after it
     if embeddings:
-        model_only = {"SHARDS": sources, "--model": model_path, "--protocol": protocol, "--reducer": reducer}
+        model_only = {"SHARDS": sources, "--model": model_path, "--protocol": protocol, "--set": overrides}
         _refuse("--embeddings", {**model_only, "--query-bank": query_bank})
         run = _evaluate_file(embeddings, annotations, split or "test", compare)
     else:
         _refuse("SHARDS", {"--annotations": annotations, "--split": split, "--compare": compare})
         loader = _loader(workers, decode_timeout_seconds, max_bad_fraction)
-        run = _evaluate_model(sources, str(model_path), protocol, reducer, query_bank, loader, device)
+        run = _evaluate_model(sources, str(model_path), protocol, overrides, query_bank, loader, device)
     print(json.dumps(run.values, indent=2) if as_json else metrics_table({run.name: run.values}))
     if report:
         from rlt_retrieval.eval.report_folder import write_report_folder
@@ -618,13 +620,14 @@ def _evaluate_model(
     sources: Sequence[str],
     model_path: str,
     protocol: Any,
-    reducer: Any,
+    overrides: tuple[str, ...],
     query_bank: Path | None,
     loader: LoaderOptions,
     device: str,
 ) -> Evaluated:
     from dataclasses import replace
 
+    from rlt_retrieval.config import parse_video_settings
     from rlt_retrieval.embed import embed_texts, evaluate_shards, middle_frames
     from rlt_retrieval.eval.report_folder import Evaluated
     from rlt_retrieval.eval.scored import read_query_bank, with_extra_rows
@@ -633,7 +636,7 @@ def _evaluate_model(
 
     queries = read_query_bank(query_bank) if query_bank else None
     model = VideoTextModel.load(model_path, device=device)
-    model = model.with_settings(reducer=reducer) if reducer else model
+    model = model.with_settings(**parse_video_settings(overrides)) if overrides else model
     with progress_bar("embedding clips") as on_progress:
         scores = evaluate_shards(model, sources, loader, protocol=protocol, on_progress=on_progress)
     for failure in scores.skipped:

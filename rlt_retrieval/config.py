@@ -228,7 +228,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"key {key!r} is missing; add it or pass --set {key}=…"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{key or 'values'}: {message}" + (f" (got {first['input']!r})" if key else "")
+    return f"{key}: {message} (got {first['input']!r})" if key else message
 
 
 def _known_keys(model: Any, location: tuple[Any, ...]) -> list[str]:

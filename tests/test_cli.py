@@ -281,7 +281,7 @@ def test_shards_make_writes_what_eval_reads(
     table = run(*evaluate)
     assert "R@1" in table.out
     assert "nDCG" in table.out
-    assert run(*evaluate, "--reducer", "none", "--json").json["keep_ratio"] == 1
+    assert run(*evaluate, "--set", "reducer=none", "--json").json["keep_ratio"] == 1
 
 
 def test_shards_make_skips_and_lists_broken_videos(

@@ -155,11 +155,11 @@ def render(composition: Composition, rng: np.random.Generator, spec: SyntheticSp
     """
     look = _draw_appearance(rng, spec)
     still_HWC = _background(composition.background, look, spec)
-    _paint(still_HWC, composition.distractor.split()[1], spec.distractor_size, look.distractor_xy,
+    paint_shape(still_HWC, composition.distractor.split()[1], spec.distractor_size, look.distractor_xy,
            DISTRACTORS[composition.distractor])  # fmt: skip
     frames_THWC = np.repeat(still_HWC[None], spec.num_frames, axis=0)
     for frame_HWC, centre in zip(frames_THWC, _centres(composition.direction, look, spec), strict=True):
-        _paint(frame_HWC, composition.shape, look.size, centre, COLOURS[composition.colour])
+        paint_shape(frame_HWC, composition.shape, look.size, centre, COLOURS[composition.colour])
     return np.rint(frames_THWC).astype(np.uint8)
 
 
@@ -176,11 +176,11 @@ def _background(name: str, look: _Appearance, spec: SyntheticSpec) -> np.ndarray
     """Float32 [side, side, 3]: a mix of the texture's two tones."""
     y_HW, x_HW = np.mgrid[: spec.side, : spec.side].astype(np.float32)
     dark, light = (np.array(tone, np.float32) + look.shade for tone in BACKGROUNDS[name])
-    mix_HW = _texture(name, x_HW, y_HW, *look.phase)
+    mix_HW = texture(name, x_HW, y_HW, *look.phase)
     return dark + (light - dark) * mix_HW[..., None]
 
 
-def _texture(name: str, x: np.ndarray, y: np.ndarray, phase_x: float, phase_y: float) -> np.ndarray:
+def texture(name: str, x: np.ndarray, y: np.ndarray, phase_x: float, phase_y: float) -> np.ndarray:
     """How much of the light tone every pixel has, 0..1; `x`, `y` in pixels, phases in periods."""
     if name == "stripes":
         return _edge(_triangle_wave((x + y) / 11 + phase_x) * 5.5)
@@ -204,7 +204,7 @@ def _edge(distance: np.ndarray) -> np.ndarray:
     return np.clip(distance + 0.5, 0, 1)
 
 
-def _paint(
+def paint_shape(
     picture_HWC: np.ndarray,
     shape: str,
     size: float,
