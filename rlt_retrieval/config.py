@@ -35,7 +35,7 @@ Reducer = Literal[
     "rlt+tome",
 ]
 REDUCERS: tuple[Reducer, ...] = get_args(Reducer)
-_RATIO_REDUCERS = ("frames", "resolution", "tome", "vid_tldr", "centerclip", "rlt+random", "rlt+tome")
+RATIO_REDUCERS = ("frames", "resolution", "tome", "vid_tldr", "centerclip", "rlt+random", "rlt+tome")
 _SINGLE_FRAME_REDUCERS = ("frames", "resolution", "gated", "motion")  # of pixels of one frame a token
 
 
@@ -53,7 +53,7 @@ class VideoSettings(Settings):
     reducer: Reducer = "rlt"
     threshold: float = Field(0.1, allow_inf_nan=False)
     reference: Literal["previous", "anchor"] = "anchor"
-    refresh_every: int = Field(0, ge=0)
+    refresh_every: int | None = Field(None, ge=0)
     keep_ratio: float | None = Field(None, gt=0, le=1)
     tubelet_size: Literal[1, 2] = 1
     num_frames: int = Field(16, ge=1)
@@ -74,13 +74,22 @@ class VideoSettings(Settings):
             )
         if self.reducer in _SINGLE_FRAME_REDUCERS and self.tubelet_size != 1:
             raise ValueError(f"reducer {self.reducer!r} takes tubelet_size 1")
-        if self.reducer in _RATIO_REDUCERS and self.keep_ratio is None:
+        if self.reducer in RATIO_REDUCERS and self.keep_ratio is None:
             raise ValueError(
                 f"reducer {self.reducer!r} needs keep_ratio, the share to keep, e.g. keep_ratio=0.5"
             )
+        if self.reducer not in RATIO_REDUCERS and self.keep_ratio is not None:
+            raise ValueError(f"reducer {self.reducer!r} has no keep_ratio; {', '.join(RATIO_REDUCERS)} have")
         if self.reducer == "centerclip" and self.layout != "frame":
             raise ValueError("reducer 'centerclip' takes layout 'frame'")
         return self
+
+    @property
+    def refresh_tubelets(self) -> int:
+        """refresh_every; where it is not given, 8 in layout "frame" (docs/reducers.md) and 0, never, in "joint"."""
+        if self.refresh_every is None:
+            return 8 if self.layout == "frame" else 0
+        return self.refresh_every
 
     @property
     def required_keep_ratio(self) -> float:
@@ -257,13 +266,18 @@ def parse_override(override: str) -> tuple[str, Any]:
         return key.strip(), text.strip()
 
 
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """ "key=value" each (see `parse_override`), for what checks them itself."""
+    return dict(parse_override(override) for override in overrides)
+
+
 def parse_video_settings(overrides: Iterable[str]) -> dict[str, Any]:
     """ "key=value" each, checked, as arguments for `VideoTextModel.create`.
 
     Raises:
         ConfigError: no field of `VideoSettings`, or an impossible value.
     """
-    values = dict(parse_override(override) for override in overrides)
+    values = parse_overrides(overrides)
     try:
         VideoSettings.model_validate(values)
     except ValidationError as error:

@@ -24,7 +24,7 @@ from rlt_retrieval.bench.memory import peak_bytes
 from rlt_retrieval.bench.quality import NEIGHBOURS, Judge
 from rlt_retrieval.config import REDUCERS, Reducer
 from rlt_retrieval.encoders.packing import VideoTokens, pack
-from rlt_retrieval.errors import ModelError
+from rlt_retrieval.errors import MetricsError, ModelError
 from rlt_retrieval.model import VideoTextModel
 
 FAR = 0.02  # from the target's FLOPs; a row that is farther says so
@@ -100,9 +100,6 @@ def bench_reducers(
     "none" and "rlt" are measured whether asked for or not: the others are compared with them. Clips are encoded one at
     a time, the reducers in turn, so that what disturbs the machine disturbs all. A model created with random weights
     gets no fidelity and no retrieval. `on_progress(steps done, steps in all)`.
-
-    Raises:
-        MetricsError: most clips are the same.
     """
     chosen: list[Reducer] = [name for name in REDUCERS if name in ("none", "rlt", *reducers)]
     frames = [clip.frames_TCHW for clip in clips]
@@ -125,7 +122,10 @@ def bench_reducers(
     ]
     why_no_quality = _why_no_quality(model, clips)
     if not why_no_quality:
-        rows = _judged(rows, model, runs, clips)
+        try:
+            rows = _judged(rows, model, runs, clips)
+        except MetricsError as error:  # the costs are measured, and stay
+            why_no_quality = f"{error}: cost only"
     counts = {"number": len(clips), "captioned": sum(bool(clip.captions) for clip in clips)}
     notes = _notes(rows[0], why_no_quality)
     return ReducerTable(describe_model(model), counts, repeats, tuple(notes), tuple(rows))
@@ -155,7 +155,7 @@ def describe_model(model: VideoTextModel) -> dict[str, Any]:
         "length_bias": video.length_bias,
         "threshold": video.threshold,
         "reference": video.reference,
-        "refresh_every": video.refresh_every,
+        "refresh_every": video.refresh_tubelets,
         "tubelet_size": video.tubelet_size,
     }
 
@@ -176,12 +176,12 @@ def is_random(model: VideoTextModel) -> bool:
 
 
 def _measure(runs: Sequence[_Run], frames_TCHW: Tensor, repeats: int) -> None:
-    """Embedding and memory first, which also warms up; then the times."""
+    """Embedding first, which also warms up; then memory, then the times."""
     for run in runs:
         tokens = run.matched.model.tokenizer(frames_TCHW)
         encode = functools.partial(_encode, run.matched.model, tokens)
-        z_D, peak = peak_bytes(encode, run.matched.model.device)
-        run.z.append(z_D)
+        run.z.append(encode())
+        _, peak = peak_bytes(encode, run.matched.model.device)
         run.peaks.append(peak)
         run.seconds.append([np.inf] * 3)
     for _ in range(repeats):

@@ -38,8 +38,9 @@ class RunLengthTokenizer:
     largest difference over corresponding frames, so that every dropped patch is within the threshold of the
     token that stands for it, however slowly the picture drifts.
 
-    `refresh_every=k` keeps tubelets 0, k, 2k, … whole (with `reference="anchor"` they are the new anchors), so
-    that no token is older than k tubelets.
+    `refresh_every=k` also keeps tubelets k, 2k, … whole (with `reference="anchor"` they are the new anchors): in a
+    clip that changes no token is then older than k tubelets. Where nothing was kept since the last such tubelet, that
+    one included, there is nothing new to see the others beside, and the tubelet is not refreshed.
 
     Attributes:
         patch_size: P, pixels.
@@ -91,20 +92,25 @@ class RunLengthTokenizer:
         limit = difference_limit(self.threshold, self.patch_size)
         if num_tubelets == 1 or limit < 0:
             return mask_thw
-        refresh_step = self.refresh_every or num_tubelets
         if self.reference == "previous":
             later_tCHW, earlier_tCHW = frames_tuCHW[1:, -1], frames_tuCHW[:-1, 0]
             mask_thw[1:] = patch_differences(later_tCHW, earlier_tCHW, self.patch_size) > limit
-            mask_thw[::refresh_step] = True
+            for t in range(1, num_tubelets):
+                self._refresh(mask_thw, t)
             return mask_thw
         anchor_uCHW = frames_tuCHW[0].clone()
         for t in range(1, num_tubelets):
-            if t % refresh_step:
-                differences_uhw = patch_differences(frames_tuCHW[t], anchor_uCHW, self.patch_size)
-                mask_thw[t] = differences_uhw.amax(0) > limit
+            differences_uhw = patch_differences(frames_tuCHW[t], anchor_uCHW, self.patch_size)
+            mask_thw[t] = differences_uhw.amax(0) > limit
+            self._refresh(mask_thw, t)
             pixels_HW = pixels_of_cells(mask_thw[t], self.patch_size)
             anchor_uCHW = torch.where(pixels_HW, frames_tuCHW[t], anchor_uCHW)
         return mask_thw
+
+    def _refresh(self, mask_thw: Tensor, t: int) -> None:
+        """Keep tubelet t whole, in place, if it is due and anything was kept since the last one that was due."""
+        if self.refresh_every and t % self.refresh_every == 0:
+            mask_thw[t] |= mask_thw[t - self.refresh_every + 1 : t + 1].any()
 
 
 # ------------------------------------------------------------------- pieces that other tokenizers are built on

@@ -14,11 +14,17 @@ from small_towers import small_timm_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlt_retrieval.bench.costs import EncoderCost, encoder_cost, mean_cost
+from rlt_retrieval.config import RATIO_REDUCERS
 from rlt_retrieval.encoders.packing import pack
 from rlt_retrieval.model import VideoTextModel
 
 W = 32 * 32
 EMBEDDING = 2 * 32 * 192  # a token
+
+
+def choice(reducer: str) -> dict[str, Any]:
+    """Settings that choose a reducer."""
+    return {"reducer": reducer, **({"keep_ratio": 0.5} if reducer in RATIO_REDUCERS else {})}
 
 
 def cost_of(model: VideoTextModel, frames: torch.Tensor) -> EncoderCost:
@@ -73,7 +79,7 @@ CHOOSING = ("none", "rlt", "random", "frames", "resolution", "gated", "motion", 
 )
 def test_it_is_what_torch_counts_less_the_projection(layout: str, reducer: str) -> None:
     """The projection: 32 x 32 weights for each sequence's one vector."""
-    model = small_model({"layers": 4}, layout=layout, reducer=reducer, keep_ratio=0.5)
+    model = small_model({"layers": 4}, layout=layout, **choice(reducer))
     frames = repeating_frames(6, 0.3)
     cost = cost_of(model, frames)
     counted, rows = torch_count(model, frames)
@@ -89,7 +95,7 @@ def test_merging_counts_the_rows_and_not_the_matching(layout: str, reducer: str)
 
     What the stand-ins may get wrong, how many different keys "rlt+tome" leaves, is inside that half.
     """
-    model = small_model({"layers": 4}, layout=layout, reducer=reducer, keep_ratio=0.5)
+    model = small_model({"layers": 4}, layout=layout, **choice(reducer))
     frames = repeating_frames(6, 0.3)
     cost = cost_of(model, frames)
     counted, rows = torch_count(model, frames)
@@ -103,7 +109,7 @@ def test_merging_counts_the_rows_and_not_the_matching(layout: str, reducer: str)
 @pytest.mark.parametrize("reducer", ["none", "rlt", "tome"])
 def test_other_towers_have_the_same_parts(tower: str, reducer: str) -> None:
     """What is left out, the pooling heads, is a good part of towers of two layers, and never negative."""
-    model = small_timm_model(tower, layout="frame", reducer=reducer, keep_ratio=0.5)
+    model = small_timm_model(tower, layout="frame", **choice(reducer))
     frames = repeating_frames(6, 0.3)
     cost = cost_of(model, frames)
     counted, rows = torch_count(model, frames)

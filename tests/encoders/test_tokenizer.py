@@ -29,28 +29,32 @@ def difference(a_CPP: np.ndarray, b_CPP: np.ndarray) -> float:
 def obvious_tokens(
     frames: np.ndarray, tokenizer: RunLengthTokenizer
 ) -> tuple[dict[tuple[int, int, int], int], list[float]]:
-    """Run length of each kept (t, y, x), place by place, and every difference that was looked at."""
-    u, p = tokenizer.tubelet_size, tokenizer.patch_size
+    """Run length of each kept (t, y, x), tubelet by tubelet, and every difference that was looked at."""
+    u, p, every = tokenizer.tubelet_size, tokenizer.patch_size, tokenizer.refresh_every
     frames = np.concatenate([frames, *[frames[-1:]] * (-len(frames) % u)])
     tubelets = frames.reshape(-1, u, *frames.shape[1:])
-    runs: dict[tuple[int, int, int], int] = {}
+    places = [(y, x) for y in range(frames.shape[2] // p) for x in range(frames.shape[3] // p)]
+    latest = dict.fromkeys(places, 0)
+    runs = {(0, y, x): 1 for y, x in places}
     differences = []
-    for y in range(frames.shape[2] // p):
-        for x in range(frames.shape[3] // p):
+    for t in range(1, len(tubelets)):
+        kept = set()
+        for y, x in places:
             patch = tubelets[..., y * p : (y + 1) * p, x * p : (x + 1) * p]
-            kept = 0
-            runs[0, y, x] = 1
-            for t in range(1, len(patch)):
-                if tokenizer.reference == "previous":
-                    changed = difference(patch[t, -1], patch[t - 1, 0])
-                else:
-                    changed = max(difference(patch[t, i], patch[kept, i]) for i in range(u))
-                differences.append(changed)
-                refreshed = tokenizer.refresh_every > 0 and t % tokenizer.refresh_every == 0
-                if changed > tokenizer.threshold or refreshed:
-                    kept = t
-                    runs[t, y, x] = 0
-                runs[kept, y, x] += 1
+            if tokenizer.reference == "previous":
+                changed = difference(patch[t, -1], patch[t - 1, 0])
+            else:
+                changed = max(difference(patch[t, i], patch[latest[y, x], i]) for i in range(u))
+            differences.append(changed)
+            if changed > tokenizer.threshold:
+                kept.add((y, x))
+        if every and t % every == 0 and (kept or any(s > t - every for s, _, _ in runs)):
+            kept = set(places)
+        for y, x in places:
+            if (y, x) in kept:
+                latest[y, x] = t
+                runs[t, y, x] = 0
+            runs[latest[y, x], y, x] += 1
     return runs, differences
 
 
@@ -204,8 +208,18 @@ def test_a_refresh_keeps_whole_tubelets_and_anchors_them(reference: str) -> None
         for every in (0, 1, 3)
     }
     assert kept[0] == ([0] if reference == "previous" else [0, 2, 4, 6])
-    assert kept[1] == list(range(7))
-    assert kept[3] == ([0, 3, 6] if reference == "previous" else [0, 2, 3, 5, 6])
+    assert kept[1] == ([0] if reference == "previous" else [0, 2, 4, 6])
+    assert kept[3] == ([0] if reference == "previous" else [0, 2, 3, 5, 6])
+
+
+def test_a_refresh_waits_for_something_new() -> None:
+    """A still clip costs its first tubelet whatever is asked for; one change and the next that is due is whole."""
+    frames = torch.zeros(9, 3, 4, 4, dtype=torch.uint8)
+    assert int(RunLengthTokenizer(2, refresh_every=2).keep_mask(frames).sum()) == 4
+    frames[3:, :, :2, :2] = 99
+    for reference in REFERENCES:
+        mask = RunLengthTokenizer(2, 1, 0.1, reference, 2).keep_mask(frames)  # type: ignore[arg-type]
+        assert mask.sum((1, 2)).tolist() == [4, 0, 0, 1, 4, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 5])

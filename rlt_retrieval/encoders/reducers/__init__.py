@@ -40,7 +40,7 @@ __all__ = ["make_network_reducer", "make_tokenizer", "reduced_grid"]
 def make_tokenizer(settings: VideoSettings, patch_size: int) -> Tokenizer:
     """What runs before the encoder, in the loader's workers."""
     rlt = RunLengthTokenizer(
-        patch_size, settings.tubelet_size, settings.threshold, settings.reference, settings.refresh_every
+        patch_size, settings.tubelet_size, settings.threshold, settings.reference, settings.refresh_tubelets
     )
     match settings.reducer:
         case "rlt" | "rlt+tome":
