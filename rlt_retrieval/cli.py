@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rlt_retrieval.training.loop import TrainResult
 
 EXIT_ERROR, EXIT_SKIPPED, EXIT_INTERRUPTED = 1, 3, 130  # click's own for wrong usage: 2
+WITH_WEIGHTS = ("hf-hub:", "local-dir:")  # backbones that bring their own
 SPLIT_FORMATS = ("ek100", "msrvtt")  # sources that are an official folder of annotations, with splits
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -493,8 +494,7 @@ def models(names: tuple[str, ...], with_unsupported: bool, as_json: bool) -> Non
     """
     from rlt_retrieval.encoders.towers.catalogue import list_models
 
-    rows = [row for row in list_models() if row.supported or with_unsupported or names]
-    rows = [row for row in rows if any(name.lower() in row.name.lower() for name in names or ("",))]
+    rows = [row for row in list_models(names) if row.supported or with_unsupported or names]
     if not rows:
         raise ConfigError(f"no model of open_clip has {' or '.join(names)} in its name; try models --all")
     print(json.dumps([asdict(row) for row in rows], indent=2) if as_json else _models_text(rows))
@@ -556,9 +556,9 @@ def _model_maker(
     device: str,
 ) -> Callable[[], VideoTextModel] | None:
     """How to make the model that was asked for; None where nothing was asked (the index's own, else stock)."""
-    if model_path and (backbone or pretrained or overrides):
-        raise click.UsageError("--model excludes --backbone, --pretrained and --set")
-    if backbone and not pretrained:
+    if model_path and (backbone or pretrained):
+        raise click.UsageError("--model excludes --backbone and --pretrained")
+    if backbone and not pretrained and not backbone.startswith(WITH_WEIGHTS):
         raise click.UsageError(
             f"--backbone {backbone} needs --pretrained: a tag, a weight file, or none (random)"
         )
@@ -566,12 +566,13 @@ def _model_maker(
         return None
 
     def make() -> VideoTextModel:
-        from rlt_retrieval.config import parse_video_settings
+        from rlt_retrieval.config import parse_overrides, parse_video_settings
         from rlt_retrieval.model import VideoTextModel
         from rlt_retrieval.video_index import STOCK
 
         if model_path:
-            return VideoTextModel.load(model_path, device=device)
+            model = VideoTextModel.load(model_path, device=device)
+            return model.with_settings(**parse_overrides(overrides)) if overrides else model
         weights = None if pretrained == "none" else pretrained or STOCK[1]
         settings = parse_video_settings(overrides)
         return VideoTextModel.create(backbone or STOCK[0], weights, device=device, **settings)
@@ -587,9 +588,9 @@ def _model_makers(
     device: str,
 ) -> list[Callable[[], VideoTextModel]]:
     """A trained model in its own layout; stock weights in the layout that was asked for, else in both."""
-    from rlt_retrieval.config import parse_video_settings
+    from rlt_retrieval.config import parse_overrides
 
-    if model_path or "layout" in parse_video_settings(overrides):
+    if model_path or "layout" in parse_overrides(overrides):
         makers = [_model_maker(model_path, backbone, pretrained, overrides, device)]
     else:
         both = ([*overrides, f"layout={layout}"] for layout in ("frame", "joint"))
@@ -604,7 +605,10 @@ def _models_text(rows: Sequence[ModelRow]) -> str:
         parameters = (row.image_parameters or 0) + (row.text_parameters or 0)
         size = "x".join(map(str, row.image_size or ()))
         tags = [tag.name if tag.licence == "unknown" else f"{tag.name} ({tag.licence})" for tag in row.tags]
-        numbers = [f"{parameters:,.0f} M", f"{row.gflops or 0:,.1f}", size] if row.supported else ["–"] * 3
+        text = " + text" if row.text_parameters is None else ""
+        numbers = (
+            [f"{parameters:,.0f} M{text}", f"{row.gflops or 0:,.1f}", size] if row.supported else ["–"] * 3
+        )
         cells.append(
             [row.name, *numbers, ", ".join(tags) if row.supported else row.reason.partition(": ")[0]]
         )
@@ -627,7 +631,7 @@ def _evaluate_model(
 ) -> Evaluated:
     from dataclasses import replace
 
-    from rlt_retrieval.config import parse_video_settings
+    from rlt_retrieval.config import parse_overrides
     from rlt_retrieval.embed import embed_texts, evaluate_shards, middle_frames
     from rlt_retrieval.eval.report_folder import Evaluated
     from rlt_retrieval.eval.scored import read_query_bank, with_extra_rows
@@ -636,7 +640,7 @@ def _evaluate_model(
 
     queries = read_query_bank(query_bank) if query_bank else None
     model = VideoTextModel.load(model_path, device=device)
-    model = model.with_settings(**parse_video_settings(overrides)) if overrides else model
+    model = model.with_settings(**parse_overrides(overrides)) if overrides else model
     with progress_bar("embedding clips") as on_progress:
         scores = evaluate_shards(model, sources, loader, protocol=protocol, on_progress=on_progress)
     for failure in scores.skipped:

@@ -20,7 +20,7 @@ from rlt_retrieval.annotations import Classes, Ek100Dataset, read_dataset
 from rlt_retrieval.config import default_num_workers, num_cores
 from rlt_retrieval.data.batching import batches_by_budget
 from rlt_retrieval.data.failures import FailureLog
-from rlt_retrieval.data.loading import Sampling, TokenizedClip, decode_frames, iter_eval_clips, prefetch
+from rlt_retrieval.data.loading import Sampling, decode_frames, iter_eval_clips, prefetch
 from rlt_retrieval.data.shards import BadSample, ShardSample, expand_shards, load_sample, scan_shard
 from rlt_retrieval.data.video import FrameTransform
 from rlt_retrieval.data.workers import Item, WorkerPool
@@ -55,8 +55,8 @@ class ShardEmbeddings:
     """Clips of an evaluation set in reading order.
 
     shards: where each clip was read; captions: at least one text a clip; classes: None where a sample has none;
-    z_ND: float32, unit norm; kept_tokens, all_tokens: int64 [N], tokens that went into the encoder and tokens of the
-    whole grid.
+    z_ND: float32, unit norm; kept_tokens, all_tokens: int64 [N], tokens that went into the encoder and tokens of whole
+    clips.
     """
 
     keys: list[str]
@@ -141,7 +141,7 @@ def embed_shards(
         )
         for sample, clip in prefetch(clips, PREFETCHED_CLIPS):
             samples.append(replace(sample, media=b""))  # what is needed later, not the video
-            counts.append(_token_counts(clip))
+            counts.append((len(clip.run_lengths), model.video.num_cells(clip.grid)))
             on_progress(len(counts))
             yield sample.key, clip.tokens
 
@@ -287,10 +287,6 @@ def _score_captions(
 ) -> Scored:
     z_text_QD = embed_texts(model, [text for clip in embedded.captions for text in clip])
     return scoring.score_captions(protocol, embedded.z_ND, embedded.keys, embedded.captions, z_text_QD)
-
-
-def _token_counts(clip: TokenizedClip) -> tuple[int, int]:
-    return len(clip.run_lengths), int(np.prod(clip.grid))
 
 
 def share_cores(num_workers: int, device: torch.device) -> None:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlt_retrieval.config import VideoSettings, explain
+from rlt_retrieval.config import RATIO_REDUCERS, VideoSettings, explain
 from rlt_retrieval.data.video import FrameTransform, resize_frames
 from rlt_retrieval.encoders.attention import Backend
 from rlt_retrieval.encoders.packing import PackedTokens, Tokenizer, pack
@@ -102,11 +102,12 @@ class VideoTextModel(nn.Module):
                 or of an AVION file wins.
             seed: of random weights.
             video_settings: fields of `VideoSettings`: layout, length_bias, cls_bias, reducer, threshold,
-                reference, tubelet_size, num_frames, stochastic_depth, patch_dropout.
+                reference, refresh_every, keep_ratio, tubelet_size, num_frames, stochastic_depth, patch_dropout.
         Raises:
             ModelError: unknown backbone, unsupported tower, weights that cannot be had, impossible settings.
         """
         settings = _video_settings(video_settings)
+        backbone = _from_anywhere(backbone) if isinstance(backbone, str) else backbone
         made = create_clip(backbone, pretrained, quick_gelu=quick_gelu, seed=seed)
         name = backbone if isinstance(backbone, str) else "custom"
         config = ModelConfig(name, made.model_cfg, made.preprocess_cfg, settings)
@@ -117,7 +118,7 @@ class VideoTextModel(nn.Module):
         if pretrained is not None and Path(pretrained).is_file():
             pretrained = os.path.abspath(pretrained)
         model.origin = {
-            "backbone": _from_anywhere(backbone) if isinstance(backbone, str) else dict(backbone),
+            "backbone": backbone if isinstance(backbone, str) else dict(backbone),
             "pretrained": pretrained,
             "quick_gelu": quick_gelu,
             "seed": seed,
@@ -150,21 +151,26 @@ class VideoTextModel(nn.Module):
     def from_origin(cls, origin: Mapping[str, Any], *, device: str = "auto") -> VideoTextModel:
         """The model whose `origin` this is: loaded again, or created again."""
         if "path" in origin:
-            return cls.load(origin["path"], device=device)
+            model = cls.load(origin["path"], device=device)
+            return model.with_settings(**origin["settings"]) if "settings" in origin else model
         return cls.create(**origin, device=device)
 
     def with_settings(self, **changes: Any) -> VideoTextModel:
         """The same weights (shared, not copied) with other video settings, e.g. `reducer="none"`.
 
         Raises:
-            ModelError: impossible settings, or another layout or tubelet size, which other weights belong to.
+            ModelError: impossible settings, or another layout, tubelet size or number of frames: other weights belong
+                to these.
         """
         fixed = [name for name in ("layout", "tubelet_size", "num_frames") if name in changes]
         if fixed:
             raise ModelError(f"{fixed[0]} belongs to the weights; create or train a model for another")
+        if changes.get("reducer", self.config.video.reducer) not in RATIO_REDUCERS:
+            changes = {"keep_ratio": None, **changes}
         video = _video_settings({**self.config.video.model_dump(), **changes})
         twin = VideoTextModel(self.clip, replace(self.config, video=video), backend=self.video.backend)
         twin.video.load_state_dict(self.video.state_dict(), assign=True)
+        twin.origin = _with_changes(self.origin, changes)
         return twin.to(self.device).train(self.training)
 
     def save(self, path: str | Path) -> None:
@@ -320,6 +326,13 @@ def _video_settings(values: dict[str, Any]) -> VideoSettings:
         return VideoSettings(**values)
     except ValidationError as error:
         raise ModelError(f"video settings: {explain(error, VideoSettings)}") from error
+
+
+def _with_changes(origin: dict[str, Any] | None, changes: dict[str, Any]) -> dict[str, Any] | None:
+    """The origin of a twin: a loaded model's file says its own settings, a created one's origin holds them."""
+    if origin is None or "path" not in origin:
+        return origin and {**origin, **changes}
+    return {**origin, "settings": {**origin.get("settings", {}), **changes}}
 
 
 def _from_anywhere(backbone: str) -> str:

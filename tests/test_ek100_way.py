@@ -5,6 +5,7 @@ the number out of the patches and answers with an oracle embedding of that row's
 cut, the shards, the loader, the batching, dataset.json and the relevancies all speak of the same row.
 """
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,7 +69,7 @@ class OracleModel:
     transform = FrameTransform(SIDE, SIDE)
     tokenizer = RunLengthTokenizer(PATCH, 1, 0.1, "anchor")
     config = SimpleNamespace(video=SimpleNamespace(num_frames=3))
-    video = SimpleNamespace(num_rows=len)
+    video = SimpleNamespace(num_rows=len, num_cells=math.prod)
     device = torch.device("cpu")
 
     def __init__(self, rows: list[Ek100Clip]) -> None:

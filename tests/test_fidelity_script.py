@@ -31,7 +31,7 @@ def test_a_loss_that_every_query_has_has_no_interval() -> None:
 def test_the_table_of_clips_that_repeat_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that stands still is lost: no pixel error; fewer frames and random tokens err more."""
     monkeypatch.setattr(fidelity, "THRESHOLDS", (0.0,))
-    monkeypatch.setattr(fidelity, "REFRESHED_THRESHOLDS", ())
+    monkeypatch.setattr(fidelity, "REFRESHES", ())
     model = small_model(layout="frame", num_frames=8)
     clips = [repeating_frames(8, 0.15, seed=seed) for seed in range(6)]
     rows = fidelity.joined([fidelity.table(fidelity.Case(model, clips))])

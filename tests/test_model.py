@@ -362,6 +362,8 @@ def test_origin_gives_the_model_again(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
     created[1].save("model")
     created.append(VideoTextModel.load("model", device="cpu"))
+    created += [twin.with_settings(reducer="tome", keep_ratio=0.5) for twin in (created[0], created[3])]
+    created.append(created[-1].with_settings(reducer="rlt", refresh_every=2))
     monkeypatch.chdir(tmp_path / "elsewhere")
     for model in created:
         again = VideoTextModel.from_origin(json.loads(json.dumps(model.origin)), device="cpu")

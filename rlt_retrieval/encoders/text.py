@@ -16,6 +16,8 @@ from rlt_retrieval.encoders.towers.hub import offline_if_unreachable
 from rlt_retrieval.encoders.towers.weight_files import short_reason
 from rlt_retrieval.errors import ModelError
 
+TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "language", "reduction_mask"}
+
 Tokenize = Callable[[Sequence[str]], Tensor]  # texts → int64 [Q, context_length]
 
 
@@ -29,10 +31,11 @@ def build_text_tokenizer(text_cfg: dict[str, Any]) -> Tokenize:
     Raises:
         MissingDependencyError: the tower needs a Hugging Face tokenizer, and transformers or sentencepiece is not
             installed.
-        ModelError: the files of that tokenizer cannot be had; the message says which to bring.
+        ModelError: the files of that tokenizer cannot be had, and the message says which to bring; or a configuration
+            with options beyond `TOKENIZER_OPTIONS`.
     """
     context_length = text_cfg.get("context_length", 77)
-    options = text_cfg.get("tokenizer_kwargs") or {}
+    options = _tokenizer_options(text_cfg.get("tokenizer_kwargs") or {})
     name = text_cfg.get("hf_tokenizer_name")
     if name is None:
         tokenizer = SimpleTokenizer(context_length=context_length, **options)
@@ -40,6 +43,17 @@ def build_text_tokenizer(text_cfg: dict[str, Any]) -> Tokenize:
         mode = text_cfg.get("tokenizer_mode")
         tokenizer = _hugging_face(name, context_length=context_length, tokenizer_mode=mode, **options)
     return lambda texts: tokenizer(list(texts))
+
+
+def _tokenizer_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Only what open_clip's own configurations set: a foreign one could ask transformers to run its code."""
+    strange = sorted(options.keys() - TOKENIZER_OPTIONS)
+    if strange:
+        raise ModelError(
+            f"the backbone's configuration sets tokenizer_kwargs {', '.join(strange)}; allowed are "
+            f"{', '.join(sorted(TOKENIZER_OPTIONS))}: take the others out of its open_clip_config.json"
+        )
+    return options
 
 
 def encode_text(clip: nn.Module, tokenize: Tokenize, texts: Sequence[str], device: torch.device) -> Tensor:

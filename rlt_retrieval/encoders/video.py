@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from rlt_retrieval.config import VideoSettings
 from rlt_retrieval.encoders.attention import Backend, attend_rows, attend_varlen, with_key_bias
 from rlt_retrieval.encoders.layouts import LayoutPlan, frame_plan, joint_plan
-from rlt_retrieval.encoders.packing import PackedTokens, VideoTokens
+from rlt_retrieval.encoders.packing import Grid, PackedTokens, VideoTokens
 from rlt_retrieval.encoders.reducers import make_network_reducer, reduced_grid
 from rlt_retrieval.encoders.towers import adapt_tower
 
@@ -133,6 +134,10 @@ class VideoEncoder(nn.Module):
         if self.settings.layout == "joint":
             return len(tokens)
         return len(tokens) + len(tokens.positions[:, 0].unique())
+
+    def num_cells(self, grid: Grid) -> int:
+        """Tokens of a whole clip of T' tubelets at the tower's own size: what a share of tokens is a share of."""
+        return grid[0] * math.prod(self.tower.grid_size)
 
     def plan(self, packed: PackedTokens) -> LayoutPlan:
         """Index plan of the layout for these clips, on the device of the tokens."""

@@ -283,7 +283,7 @@ def train_step(
         with torch.no_grad():
             model.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)  # type: ignore[operator]
     kept = sum(len(clip.tokens) for clip in batch.clips)
-    keep_ratio = kept / sum(math.prod(clip.tokens.grid) for clip in batch.clips)
+    keep_ratio = kept / sum(model.video.num_cells(clip.tokens.grid) for clip in batch.clips)
     return {
         "step": step,
         "loss": mean_loss,

@@ -35,8 +35,9 @@ from rlt_retrieval.data.loading import (
 )
 from rlt_retrieval.data.shards import BadSample, ShardSample, write_shards
 from rlt_retrieval.data.streams import LogicalStream, StreamPosition, sample_rng
-from rlt_retrieval.data.video import FrameTransform, encode_mp4
+from rlt_retrieval.data.video import FrameTransform, decode_clip, encode_mp4
 from rlt_retrieval.data.workers import WorkerPool
+from rlt_retrieval.encoders.reducers.gated import GatedTokenizer
 from rlt_retrieval.encoders.tokenizer import RunLengthTokenizer
 from rlt_retrieval.errors import RetrievalError, ShardError
 
@@ -64,6 +65,18 @@ def make_samples(media: Sequence[bytes]) -> list[ShardSample]:
         ShardSample(f"clip-{n:02}", content, (f"caption {n}", f"other words {n}"), f"{n}.mp4", 0.0, None)
         for n, content in enumerate(media)
     ]
+
+
+def test_what_stands_for_what_crosses_with_the_tokens(media: list[bytes]) -> None:
+    """Reducers whose tokens stand for other cells than their own would else be read as if they did not."""
+    sampling = replace(SAMPLING, tokenizer=GatedTokenizer(8, 0.2))
+    for content in media[:3]:
+        (clip,) = tokenize_clip(content, sampling, 1, None)
+        frames = decode_clip(content, num_frames=3, transform=SAMPLING.transform).frames_TCHW
+        expected = sampling.tokenizer(frames).covering
+        assert clip.tokens.covering is not None
+        assert expected is not None
+        assert torch.equal(clip.tokens.covering, expected)
 
 
 @pytest.fixture

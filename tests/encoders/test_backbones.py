@@ -128,6 +128,16 @@ def test_a_folder_brings_configuration_weights_and_preprocessing(tmp_path: Path)
     assert torch.equal(projection(VideoTextModel.from_origin(model.origin, device="cpu")), projection(model))
 
 
+def test_a_folder_is_the_same_backbone_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index compares hashes: a relative path must not make another model of it."""
+    filled_folder(tmp_path / "mine", small_config(), SQUASH)
+    monkeypatch.chdir(tmp_path)
+    model = VideoTextModel.create("local-dir:mine", device="cpu")
+    monkeypatch.chdir("/")
+    assert model.origin is not None
+    assert VideoTextModel.from_origin(model.origin, device="cpu").sha256() == model.sha256()
+
+
 def test_a_folder_with_other_weights_or_with_none(tmp_path: Path) -> None:
     folder = filled_folder(tmp_path / "mine", small_config(), {})
     other = filled_folder(tmp_path / "other", small_config(), {}, seed=4) / "open_clip_model.safetensors"
@@ -270,6 +280,11 @@ def test_a_tokenizer_gets_the_options_of_its_tower(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text("{}")
     made = create_clip(f"local-dir:{folder}", "openai")
     assert made.model_cfg["text_cfg"]["hf_tokenizer_name"] == str(folder)
+
+
+def test_a_foreign_configuration_cannot_ask_for_code_to_be_run() -> None:
+    with pytest.raises(ModelError, match="sets tokenizer_kwargs trust_remote_code; allowed are clean"):
+        build_text_tokenizer({**SIGLIP_TEXT, "tokenizer_kwargs": {"trust_remote_code": True}})
 
 
 @pytest.mark.parametrize("what", ["transformers", "sentencepiece", "sentencepiece, said otherwise"])

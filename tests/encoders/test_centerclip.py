@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlt_retrieval.encoders.layouts import LayoutPlan
 from rlt_retrieval.encoders.reducers.centerclip import CenterClip, k_medoids
+from rlt_retrieval.errors import ModelError
 
 
 def naive_k_medoids(x_ND: Tensor, num_medoids: int) -> list[int]:
@@ -199,5 +200,5 @@ def test_gradients_reach_cls_rows_and_medoids_and_are_finite() -> None:
 
 
 def test_a_tower_of_one_block_is_refused() -> None:
-    with pytest.raises(ValueError, match="between two blocks; the tower has 1"):
+    with pytest.raises(ModelError, match="between two blocks; the tower has 1"):
         CenterClip(0.5, num_blocks=1)

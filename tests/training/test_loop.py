@@ -111,6 +111,30 @@ def test_seed_decides_everything(make_recipe: MakeRecipe) -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.parametrize(
+    "video",
+    [
+        {"reducer": "rlt"},
+        {"reducer": "motion"},
+        {"reducer": "tome", "keep_ratio": 0.6},
+        {"reducer": "rlt+tome", "keep_ratio": 0.6},
+    ],
+)
+def test_stock_layout_learns_in_micro_batches(make_recipe: MakeRecipe, video: dict[str, Any]) -> None:
+    """Layout "frame", also with merging inside the network: gradient caching replays the same choices."""
+    frame = {"layout": "frame", "patch_dropout": 0.0, **video}
+    recipes = [
+        make_recipe(name, video=frame, optim={"steps": 10, "token_budget": budget})
+        for name, budget in (("many", 60), ("one", 10**6))
+    ]
+    losses = []
+    for recipe in recipes:
+        train(recipe, device="cpu")
+        losses.append([line["loss"] for line in read_lines(recipe)])
+    assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-4)
+    assert sum(losses[0][-3:]) < sum(losses[0][:3])
+
+
 @pytest.mark.parametrize("loss", ["sms", "adaptive_mi_mm", "mi_mm", "clip"])
 def test_relevancy_aware_run_learns_and_can_be_stopped(
     make_recipe: MakeRecipe, tiny_ek100: Path, monkeypatch: pytest.MonkeyPatch, loss: str

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlt_retrieval.encoders.layouts import LayoutPlan
 from rlt_retrieval.encoders.reducers.merging import at_least_float32, merge_rows, merged_plan, on_device
+from rlt_retrieval.errors import ModelError
 
 _LEAST_SHARE = 1 / 4  # of the rows that go on: the published settings keep 1/2 (12 frames to 6), 1/3 and 1/4
 _MAX_ITERATIONS = 100  # the authors' scripts
@@ -34,7 +35,7 @@ class CenterClip:
         keep_ratio: mean over blocks of the rows that a block computes, of the rows that it would compute unclustered.
         num_blocks: blocks of the tower, at least 2.
     Raises:
-        ValueError: a tower of one block.
+        ModelError: a tower of one block.
     """
 
     keep_ratio: float
@@ -42,7 +43,9 @@ class CenterClip:
 
     def __post_init__(self) -> None:
         if self.num_blocks < 2:
-            raise ValueError(f"centerclip clusters between two blocks; the tower has {self.num_blocks}")
+            raise ModelError(
+                f"reducer 'centerclip' clusters between two blocks; the tower has {self.num_blocks}: choose another"
+            )
 
     @property
     def blocks_before(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +62,14 @@ class ModelRow:
         return not self.reason
 
 
-def list_models() -> list[ModelRow]:
-    """A row for every model that open_clip knows by name, in its order."""
-    return [describe_model(name) for name in open_clip.list_models()]
+def list_models(names: Sequence[str] = ()) -> list[ModelRow]:
+    """A row for every model that open_clip knows by name, in its order; with `names`, for those that contain one."""
+    wanted = [name.lower() for name in names] or [""]
+    return [
+        describe_model(name)
+        for name in open_clip.list_models()
+        if any(part in name.lower() for part in wanted)
+    ]
 
 
 def describe_model(name: str) -> ModelRow:

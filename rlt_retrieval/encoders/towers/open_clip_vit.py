@@ -153,7 +153,7 @@ def _custom_attention(attention: Attention, x_TD: Tensor, attend: Attend) -> Ten
         k = F.normalize(k, dim=-1)
     else:
         q, k = attention.ln_q(q), attention.ln_k(k)
-    out_TNH = attend(q, k, v)
+    out_TNH = attend(q.type_as(v), k.type_as(v), v)  # under autocast, norms give float32
     if attention.head_scale is not None:
         out_TNH = out_TNH * attention.head_scale.reshape(-1, 1)
     return attention.out_proj(attention.ln_inner(out_TNH.flatten(1)))
