@@ -42,8 +42,7 @@ from rlt_retrieval.embed import LoaderOptions, embed_texts
 
 THRESHOLDS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 REFERENCES = ("anchor", "previous")
-REFRESH_EVERY = (0, 4)  # in the second part of a table, at the thresholds below
-REFRESHED_THRESHOLDS = (0.1, 0.2)
+REFRESHES = ((0.1, 2), (0.1, 3), (0.1, 4), (0.1, 8), (0.2, 4))  # (threshold, refresh_every), reference anchor
 NEIGHBOURS = 10
 CLIPS_AT_ONCE = 32
 RESAMPLES = 10_000
@@ -78,9 +77,7 @@ def settings_of_the_table() -> list[dict[str, Any]]:
     ]
     refreshed = [
         {"reference": "anchor", "threshold": threshold, "refresh_every": every}
-        for threshold in REFRESHED_THRESHOLDS
-        for every in REFRESH_EVERY
-        if every
+        for threshold, every in REFRESHES
     ]
     return plain + refreshed
 
