@@ -45,6 +45,8 @@ def plan_of(
         key_bias=None if weights is None else weights.log(),
         clip_of_sequence=torch.tensor(list(range(len(lengths))) if clips is None else clips),
         sequence_weights=torch.ones(len(lengths)),
+        lengths=tuple(lengths),
+        first_lengths=tuple(lengths),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -27,8 +28,8 @@ class LayoutPlan:
     cu_k: int32 [S + 1]; max_k; weights: float32 [R], the cells a row stands for (CLS: 1, or T' with cls_bias "log_T");
     key_bias: float32 [K], added to the logits of each key, or None; clip_of_sequence: int64 [S];
     sequence_weights: float32 [S], frames a sequence stands for; owner: int64 [R0], row that each row of the first
-    plan was merged into (-1: dropped), or None
-    before the first merge.
+    plan was merged into (-1: dropped), or None before the first merge. Known on the host, so that nothing waits for the
+    device: lengths, rows of each sequence; first_lengths, the same before any merge.
     """
 
     rows: Tensor
@@ -41,6 +42,8 @@ class LayoutPlan:
     key_bias: Tensor | None
     clip_of_sequence: Tensor
     sequence_weights: Tensor
+    lengths: tuple[int, ...]
+    first_lengths: tuple[int, ...]
     owner: Tensor | None = None
 
     def to(self, device: torch.device) -> LayoutPlan:
@@ -53,13 +56,14 @@ class LayoutPlan:
 
     def first_rows_only(self) -> LayoutPlan:
         """The plan of a block after which only the first row of each sequence is read: all keys, one query."""
-        count = len(self.clip_of_sequence)
+        count = len(self.lengths)
         return replace(
             self,
             rows=self.rows[self.first_rows],
             cu_q=torch.arange(count + 1, dtype=torch.int32, device=self.rows.device),
             max_q=1,
             weights=self.weights[self.first_rows],
+            lengths=(1,) * count,
         )
 
     @property
@@ -106,7 +110,8 @@ def joint_plan(
             rows = _dropped(rows, settings.patch_dropout, packed.clip_seeds[clip])
         parts.append(torch.cat([rows.new_zeros(int(has_cls)), rows]))
     rows = torch.cat(parts)
-    cu_q, max_q = _offsets([len(part) for part in parts], device)
+    lengths = tuple(len(part) for part in parts)
+    cu_q, max_q = _offsets(lengths, device)
     weights = packed.run_lengths.float()[(rows - 1).clamp(min=0)]
     if has_cls:
         cls_counts = [grid[0] if settings.cls_bias == "log_T" else 1 for grid in packed.grids]
@@ -116,7 +121,18 @@ def joint_plan(
     key_bias = weights.log() if by_size else None
     clips = torch.arange(len(packed), device=device)
     return LayoutPlan(
-        rows, cu_q, max_q, None, cu_q, max_q, weights, key_bias, clips, torch.ones_like(clips).float()
+        rows=rows,
+        cu_q=cu_q,
+        max_q=max_q,
+        key_rows=None,
+        cu_k=cu_q,
+        max_k=max_q,
+        weights=weights,
+        key_bias=key_bias,
+        clip_of_sequence=clips,
+        sequence_weights=torch.ones_like(clips).float(),
+        lengths=lengths,
+        first_lengths=lengths,
     )
 
 
@@ -127,7 +143,7 @@ def frame_plan(packed: PackedTokens, *, has_cls: bool = True) -> LayoutPlan:
     A frame that keeps none is not computed: its embedding is the previous one's, and adds to its weight.
     """
     offsets = packed.cu_seqlens.tolist()
-    lengths: list[int] = []
+    counts: list[int] = []  # kept tokens of each frame that is computed
     clips: list[int] = []
     durations: list[Tensor] = []
     key_tokens: list[Tensor] = []  # of each clip: [frames computed, C], counted over the batch
@@ -136,14 +152,14 @@ def frame_plan(packed: PackedTokens, *, has_cls: bool = True) -> LayoutPlan:
         computed_F, counts_F = frame_N.unique_consecutive(return_counts=True)
         covering = covering_tokens(packed.positions[start:end], packed.grids[clip], packed.coverings[clip])
         key_tokens.append(start + covering[computed_F].flatten(1))
-        lengths += counts_F.tolist()
+        counts += counts_F.tolist()
         clips += [clip] * len(computed_F)
         durations.append(torch.cat([computed_F, computed_F.new_tensor([packed.grids[clip][0]])]).diff())
-    return _with_keys(lengths, clips, durations, key_tokens, packed, has_cls)
+    return _with_keys(counts, clips, durations, key_tokens, packed, has_cls)
 
 
 def _with_keys(
-    lengths: list[int],
+    counts: list[int],
     clips: list[int],
     durations: list[Tensor],
     key_tokens: list[Tensor],
@@ -151,10 +167,11 @@ def _with_keys(
     has_cls: bool,
 ) -> LayoutPlan:
     device, extra = packed.positions.device, int(has_cls)
-    sequence_N = torch.repeat_interleave(torch.tensor(lengths, device=device), output_size=packed.num_tokens)
+    sequence_N = torch.repeat_interleave(torch.tensor(counts, device=device), output_size=packed.num_tokens)
     row_N = torch.arange(packed.num_tokens, device=device) + extra * (1 + sequence_N)
-    cu_q, max_q = _offsets([length + extra for length in lengths], device)
-    rows = torch.zeros(packed.num_tokens + extra * len(lengths), dtype=torch.int64, device=device)
+    lengths = tuple(count + extra for count in counts)
+    cu_q, max_q = _offsets(lengths, device)
+    rows = torch.zeros(sum(lengths), dtype=torch.int64, device=device)
     rows[row_N] = torch.arange(1, packed.num_tokens + 1, device=device)
     cu_k, max_k = _offsets(
         [tokens.shape[1] + extra for tokens in key_tokens for _ in range(len(tokens))], device
@@ -165,20 +182,22 @@ def _with_keys(
         parts = [torch.cat([next(cls_rows)[:, None][:, :extra], row_N[tokens]], 1) for tokens in key_tokens]
         key_rows = torch.cat([part.flatten() for part in parts])
     return LayoutPlan(
-        rows,
-        cu_q,
-        max_q,
-        key_rows,
-        cu_k,
-        max_k,
-        torch.ones(len(rows), device=device),
-        None,
-        torch.tensor(clips, device=device),
-        torch.cat(durations).float(),
+        rows=rows,
+        cu_q=cu_q,
+        max_q=max_q,
+        key_rows=key_rows,
+        cu_k=cu_k,
+        max_k=max_k,
+        weights=torch.ones(len(rows), device=device),
+        key_bias=None,
+        clip_of_sequence=torch.tensor(clips, device=device),
+        sequence_weights=torch.cat(durations).float(),
+        lengths=lengths,
+        first_lengths=lengths,
     )
 
 
-def _offsets(lengths: list[int], device: torch.device) -> tuple[Tensor, int]:
+def _offsets(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
     offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     return offsets.to(device), max(lengths)
 

@@ -160,6 +160,12 @@ class VideoEncoder(nn.Module):
                 f"tokens are tubelets of {packed.patches.shape[1]} frames; this model expects "
                 f"{settings.tubelet_size}: tokenize with model.tokenizer"
             )
+        whole = sum(math.prod(grid) for grid in packed.grids)
+        if settings.reducer in ("vid_tldr", "centerclip") and packed.num_tokens != whole:
+            raise ValueError(
+                f"{packed.num_tokens} of {whole} tokens are there; reducer {settings.reducer!r} reads whole clips: "
+                "tokenize with model.tokenizer"
+            )
         is_random = self.training and (settings.stochastic_depth or settings.patch_dropout)
         if is_random and not packed.clip_seeds:
             raise ValueError("stochastic_depth and patch_dropout need pack(…, clip_seeds=…) in training")

@@ -89,6 +89,13 @@ def test_tokens_that_stand_for_other_cells_are_the_keys(reducer: str) -> None:
     assert torch.equal(keys_SK[:, 1:] - 1, tokens.covering[computed].flatten(1).long())
 
 
+@pytest.mark.parametrize("reducer", ["vid_tldr", "centerclip"])
+def test_whole_clips_are_asked_for(reducer: str) -> None:
+    tokens = model_of("rlt", "frame").tokenizer(clips()[1])
+    with pytest.raises(ValueError, match=f"of 96 tokens are there; reducer '{reducer}' reads whole clips"):
+        model_of(reducer, "frame").encode_tokens(pack([tokens]))
+
+
 def test_the_frames_of_a_medoid_segment_share_an_embedding() -> None:
     frames = model_of("centerclip", "frame").encode_frames([clips()[2]])
     assert [len(z_TZ) for z_TZ in frames] == [6]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -29,25 +29,6 @@ class NetworkReducer(Protocol):
 
     def after_block(self, block_index: int, x_RD: Tensor, plan: LayoutPlan) -> tuple[Tensor, LayoutPlan]:
         """After the MLP has been added."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergedPlan(LayoutPlan):
-    """A plan that remembers on the host, so that no later block waits for the device to say how long it is.
-
-    lengths: rows of each sequence; first_lengths: the same before any merge, from which schedules are made.
-    """
-
-    lengths: tuple[int, ...]
-    first_lengths: tuple[int, ...]
-
-
-def host_lengths(plan: LayoutPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Rows of each sequence now and before any merge. Only a plan that was never merged is asked on its device."""
-    if isinstance(plan, MergedPlan):
-        return plan.lengths, plan.first_lengths
-    lengths = tuple(plan.cu_q.diff().tolist())
-    return lengths, lengths
 
 
 def on_device(values: Sequence[int], device: torch.device) -> Tensor:
@@ -163,7 +144,7 @@ def merge_rows(x_RD: Tensor, masses_R: Tensor, assignment_R: Tensor, num_rows: i
 
 def merged_plan(
     plan: LayoutPlan, assignment_R: Tensor, lengths: Sequence[int], masses_R: Tensor
-) -> MergedPlan:
+) -> LayoutPlan:
     """The plan after a merge inside its sequences.
 
     A merged row has the place (`rows`) of the first of its rows, and their masses in sum. Attention is proportional to
@@ -186,7 +167,8 @@ def merged_plan(
     key_rows, cu_k, max_k, key_bias = plan.key_rows, cu_q, max_q, weights[:num_rows].log()
     if key_rows is not None:
         key_rows, cu_k, max_k, key_bias = _merged_keys(plan, assignment_R[key_rows], num_rows)
-    return MergedPlan(
+    return replace(
+        plan,
         rows=plan.rows[first[:num_rows]],
         cu_q=cu_q,
         max_q=max_q,
@@ -195,11 +177,8 @@ def merged_plan(
         max_k=max_k,
         weights=weights[:num_rows],
         key_bias=key_bias,
-        clip_of_sequence=plan.clip_of_sequence,
-        sequence_weights=plan.sequence_weights,
-        owner=_composed(plan.owner, assignment_R),
         lengths=tuple(lengths),
-        first_lengths=host_lengths(plan)[1],
+        owner=_composed(plan.owner, assignment_R),
     )
 
 

@@ -14,7 +14,6 @@ from rlt_retrieval.encoders.layouts import LayoutPlan
 from rlt_retrieval.encoders.reducers.merging import (
     bipartite_assignment,
     halved,
-    host_lengths,
     least_reduction,
     merge,
 )
@@ -47,14 +46,14 @@ class TokenMerging:
         self, block_index: int, x_RD: Tensor, plan: LayoutPlan, q_RNH: Tensor, k_RNH: Tensor
     ) -> tuple[Tensor, LayoutPlan]:
         """See `NetworkReducer`."""
-        lengths, first_lengths = host_lengths(plan)
         num_merged = [
-            tome_schedule(length, self.num_blocks, self.keep_ratio)[block_index] for length in first_lengths
+            tome_schedule(length, self.num_blocks, self.keep_ratio)[block_index]
+            for length in plan.first_lengths
         ]
         if not any(num_merged):
             return x_RD, plan
-        assignment_R, _ = bipartite_assignment(k_RNH.mean(1), plan.rows == 0, lengths, num_merged)
-        lengths_after = [length - merged for length, merged in zip(lengths, num_merged, strict=True)]
+        assignment_R, _ = bipartite_assignment(k_RNH.mean(1), plan.rows == 0, plan.lengths, num_merged)
+        lengths_after = [length - merged for length, merged in zip(plan.lengths, num_merged, strict=True)]
         return merge(x_RD, plan, assignment_R, lengths_after, plan.weights)
 
     def after_block(self, block_index: int, x_RD: Tensor, plan: LayoutPlan) -> tuple[Tensor, LayoutPlan]:

@@ -18,7 +18,6 @@ from rlt_retrieval.encoders.reducers.merging import (
     at_least_float32,
     bipartite_assignment,
     halved,
-    host_lengths,
     least_reduction,
     merge,
     on_device,
@@ -59,18 +58,17 @@ class VidTldr:
         assert plan.key_rows is None, "saliency is read from attention among a sequence's own rows"
         if block_index >= len(_REFERENCE_MERGES):
             return x_RD, plan
-        lengths, first_lengths = host_lengths(plan)
         num_merged = [
             vid_tldr_schedule(length, self.num_blocks, self.keep_ratio)[block_index]
-            for length in first_lengths
+            for length in plan.first_lengths
         ]
         if not any(num_merged):
             return x_RD, plan
         is_cls_R = plan.rows == 0
-        saliency_R = packed_saliency(q_RNH.detach(), k_RNH.detach(), is_cls_R, lengths)
-        assignment_R, goes_R = bipartite_assignment(x_RD, is_cls_R, lengths, num_merged)
+        saliency_R = packed_saliency(q_RNH.detach(), k_RNH.detach(), is_cls_R, plan.lengths)
+        assignment_R, goes_R = bipartite_assignment(x_RD, is_cls_R, plan.lengths, num_merged)
         masses_R = torch.where(goes_R, plan.weights * saliency_R, plan.weights)
-        lengths_after = [length - merged for length, merged in zip(lengths, num_merged, strict=True)]
+        lengths_after = [length - merged for length, merged in zip(plan.lengths, num_merged, strict=True)]
         return merge(x_RD, plan, assignment_R, lengths_after, masses_R)
 
     def after_block(self, block_index: int, x_RD: Tensor, plan: LayoutPlan) -> tuple[Tensor, LayoutPlan]:
