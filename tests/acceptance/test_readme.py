@@ -33,11 +33,9 @@ def shell_lines() -> list[str]:
 
 def runnable(line: str) -> list[str]:
     words = shlex.split(line, comments=True)
-    if (
-        words[:3] == ["rlt-retrieval", "index", "build"]
-        and "--model" not in words
-        and "--backbone" not in words
-    ):
+    if words[:3] == ["rlt-retrieval", "index", "build"] and "--model" not in words:
+        if "--backbone" in words:
+            del words[words.index("--backbone") :]
         words += ["--backbone", "ViT-B-32", "--pretrained", "weights.safetensors"]
     if words[:2] == ["rlt-retrieval", "train"]:
         changes = ["model.backbone=ViT-B-32", "model.pretrained=weights.safetensors", *TWO_STEPS.split()]
