@@ -37,7 +37,6 @@ def plan_of(
     return LayoutPlan(
         rows=torch.tensor(rows),
         cu_q=offsets(lengths),
-        max_q=max(lengths),
         key_rows=None,
         cu_k=offsets(lengths),
         max_k=max(lengths),

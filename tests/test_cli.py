@@ -8,7 +8,6 @@ import contextlib
 import errno
 import inspect
 import json
-import logging
 import os
 import resource
 import signal
@@ -18,13 +17,14 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import pytest
+from cli_runs import Ran, runner
 from signals import default_ctrl_c
 
-from rlt_retrieval.cli import cli, main
+from rlt_retrieval.cli import cli
 from rlt_retrieval.indexing.store import ClipStore
 
 TinyVideo = Callable[..., Path]
@@ -54,40 +54,9 @@ learning_rate = 1e-3
 """
 
 
-class Ran(NamedTuple):
-    """What one command did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-    @property
-    def error(self) -> str:
-        """The one line that a mistake may cost."""
-        assert self.out == ""
-        assert "Traceback" not in self.err
-        (line,) = self.err.splitlines()
-        return line
-
-
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Ran]]:
-    """Calls `main` with these arguments; the package's logger is put back afterwards."""
-    logger = logging.getLogger("rlt_retrieval")
-    before = (logger.handlers, logger.level, logger.propagate)
-
-    def call(*arguments: object) -> Ran:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        return Ran(stop.value.code, *capfd.readouterr())  # type: ignore[arg-type]
-
-    yield call
-    logger.handlers, logger.level, logger.propagate = before
+    yield from runner(capfd)
 
 
 @pytest.fixture

@@ -1,43 +1,20 @@
 """`rlt-retrieval bench reducers` and `rlt-retrieval models` as a user meets them."""
 
 import json
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
+from cli_runs import Ran, runner
 from small_models import small_config
 
-from rlt_retrieval.cli import main
 from rlt_retrieval.config import REDUCERS
 from rlt_retrieval.model import VideoTextModel
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Ran]]:
-    """`rlt-retrieval` with these arguments; the package's logger is put back afterwards."""
-    logger = logging.getLogger("rlt_retrieval")
-    before = (logger.handlers, logger.level, logger.propagate)
-
-    def call(*arguments: object) -> Ran:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([*map(str, arguments)])
-        return Ran(stop.value.code, *capfd.readouterr())  # type: ignore[arg-type]
-
-    yield call
-    logger.handlers, logger.level, logger.propagate = before
+    yield from runner(capfd)
 
 
 @pytest.fixture

@@ -1,57 +1,27 @@
 """`rlt-retrieval eval` as a user meets it: protocols, reports, other people's embeddings, and wrong usage."""
 
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from cli_runs import Ran, runner
 from ek100_files import write_ek100_csvs
 from ek100_oracle import clip_classes, clip_ids, oracle_embeddings, sentence_set
 from small_videos import tiny_mp4
 
 from rlt_retrieval.annotations import Ek100Clip
-from rlt_retrieval.cli import main
 from rlt_retrieval.data.shards import ShardSample, write_shards
 from rlt_retrieval.eval.embedding_file import read_embeddings, write_embeddings
 
 NUM_CLIPS = 10
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-    @property
-    def error(self) -> str:
-        """The last line of a mistake, which printed nothing on stdout and no traceback."""
-        assert self.out == ""
-        assert "Traceback" not in self.err
-        return self.err.splitlines()[-1]
-
-
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Ran]]:
-    """`rlt-retrieval eval` with these arguments; the package's logger is put back afterwards."""
-    logger = logging.getLogger("rlt_retrieval")
-    before = (logger.handlers, logger.level, logger.propagate)
-
-    def call(*arguments: object) -> Ran:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main(["eval", *map(str, arguments)])
-        return Ran(stop.value.code, *capfd.readouterr())  # type: ignore[arg-type]
-
-    yield call
-    logger.handlers, logger.level, logger.propagate = before
+    yield from runner(capfd, "eval")
 
 
 def make_ek100_shards(folder: Path, num_official_clips: int = NUM_CLIPS) -> Path:
@@ -157,7 +127,7 @@ def test_a_query_bank_gives_a_row_of_its_own(
         rows = with_model(shards, "--query-bank", bank, "--json").json["extra_rows"]
         assert set(rows["QB-norm (uses a query bank; text to video only)"]) == {"text_to_video"}
     leak = with_model(shards, "--query-bank", shards)
-    assert (leak.code, "test" in leak.error) == (1, True)
+    assert (leak.code, "test" in leak.last_error) == (1, True)
 
 
 def test_msrvtt_says_when_it_is_not_the_test_set(
@@ -175,10 +145,14 @@ def test_ek100_needs_sentences_and_classes(
 ) -> None:
     tiny_shards(tmp_path / "plain", ["one", "two"])
     plain = with_model(tmp_path / "plain", "--protocol", "ek100")
-    assert (plain.code, "no sentences beside these shards (dataset.json)" in plain.error) == (1, True)
+    assert (plain.code, "no sentences beside these shards (dataset.json)" in plain.last_error) == (1, True)
     os.link(shards / "dataset.json", tmp_path / "plain" / "dataset.json")
     without = with_model(tmp_path / "plain")
-    assert (without.code, "clip-00 in" in without.error, "no verb and noun classes" in without.error) == (
+    assert (
+        without.code,
+        "clip-00 in" in without.last_error,
+        "no verb and noun classes" in without.last_error,
+    ) == (
         1,
         True,
         True,
@@ -220,7 +194,7 @@ def test_a_comparison_of_other_clips_is_one_line(
         tmp_path / "part.npz", file.video_ids[2:], file.z_video_ND[2:], file.text_ids, file.z_text_ND
     )
     ran = run("--embeddings", whole, "--annotations", annotations, "--compare", tmp_path / "part.npz")
-    assert (ran.code, "a paired difference needs the same clips" in ran.error) == (1, True)
+    assert (ran.code, "a paired difference needs the same clips" in ran.last_error) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -240,11 +214,11 @@ def test_a_comparison_of_other_clips_is_one_line(
 def test_mixtures_are_wrong_usage(run: Callable[..., Ran], arguments: list[str], message: str) -> None:
     ran = run(*arguments)
     assert ran.code == 2
-    assert message in ran.error
+    assert message in ran.last_error
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path, run: Callable[..., Ran], annotations: Path) -> None:
     ran = run("--embeddings", tmp_path / "none.npz", "--annotations", annotations)
-    assert (ran.code, "none.npz: cannot be read" in ran.error) == (1, True)
+    assert (ran.code, "none.npz: cannot be read" in ran.last_error) == (1, True)
     elsewhere = run("--embeddings", npz(tmp_path / "a.npz", annotations), "--annotations", tmp_path)
-    assert (elsewhere.code, "no EPIC_100_retrieval_test.csv" in elsewhere.error) == (1, True)
+    assert (elsewhere.code, "no EPIC_100_retrieval_test.csv" in elsewhere.last_error) == (1, True)

@@ -18,8 +18,8 @@ LAYERS = (
     ("encoders", "data"),
     ("model", "indexing", "eval"),
     ("embed",),
-    ("video_index", "bench"),
-    ("serving", "training", "viz", "console"),
+    ("video_index",),
+    ("serving", "training", "bench", "viz", "console"),
     ("cli", "demo"),
     ("__main__",),
 )

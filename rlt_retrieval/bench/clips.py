@@ -5,7 +5,7 @@ Shapes: T frames, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from rlt_retrieval.data.video import FrameTransform
 from rlt_retrieval.data.workers import Failure, Item, WorkerPool
 from rlt_retrieval.embed import LoaderOptions
 from rlt_retrieval.errors import SourceError
+from rlt_retrieval.video_index import DEFAULT_WINDOW_SECONDS
 
 TABLES = (".csv", ".jsonl")
 
@@ -50,15 +51,12 @@ def read_clips(
     transform: FrameTransform,
     num_frames: int,
     options: LoaderOptions,
-    *,
-    window_seconds: float = 10.0,
-    on_progress: Callable[[int], None] = lambda num_clips: None,
 ) -> tuple[list[BenchClip], list[str]]:
     """Decode every clip that the sources name.
 
     Args:
         sources: video files, folders of videos (with captions in side files) or of .tar shards, caption files (CSV,
-            JSON lines), .tar shards. A span or sample is taken whole, of a video the first `window_seconds`.
+            JSON lines), .tar shards. A span or sample is taken whole, of a video the first DEFAULT_WINDOW_SECONDS.
     Returns:
         The clips in order, and one line for each that is broken: its name and why.
     Raises:
@@ -70,7 +68,7 @@ def read_clips(
 
     def tasks() -> Iterator[tuple[Any, ...]]:
         for source in sources:
-            for job in _jobs(Path(source), window_seconds):
+            for job in _jobs(Path(source)):
                 if isinstance(job, BadSample):
                     problems.append(f"{job.key} in {job.shard}: {job.reason}")
                 else:
@@ -82,7 +80,6 @@ def read_clips(
             job = jobs[event.task]
             if isinstance(event, Item):
                 clips.append(BenchClip(job.name, torch.from_numpy(event.value), job.captions))
-                on_progress(len(clips))
             elif isinstance(event, Failure):
                 reason = event.message.removeprefix(f"{job.place}: ").removeprefix("<bytes>: ")
                 problems.append(f"{job.place}: {reason}")
@@ -92,7 +89,7 @@ def read_clips(
     return clips, problems
 
 
-def _jobs(source: Path, window_seconds: float) -> Iterator[_Job | BadSample]:
+def _jobs(source: Path) -> Iterator[_Job | BadSample]:
     if source.suffix == ".tar" or any(source.glob("*.tar")):
         for sample in iter_samples(expand_shards([source])):
             if isinstance(sample, BadSample):
@@ -101,7 +98,7 @@ def _jobs(source: Path, window_seconds: float) -> Iterator[_Job | BadSample]:
                 yield _Job(sample.key, f"{sample.key} in {sample.shard}", sample.media, sample.captions)
         return
     for clip in _source_clips(source):
-        end = clip.start_seconds + window_seconds if clip.end_seconds is None else clip.end_seconds
+        end = clip.start_seconds + DEFAULT_WINDOW_SECONDS if clip.end_seconds is None else clip.end_seconds
         video = str(clip.video)
         yield _Job(clip.name, video, video, clip.captions, clip.start_seconds, end)
 

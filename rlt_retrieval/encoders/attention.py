@@ -62,17 +62,33 @@ def attend_rows(
     them copied out; one sequence at a time and without gradients, only what changes is written into one buffer, which
     spares the memory traffic of a whole frame's keys and values for each frame.
     """
-    head_size = q_RNH.shape[-1]
-    scale = None
     if plan.key_rows is not None and plan.key_bias is None and _runs_one_by_one(backend, q_RNH):
         return _attend_updated(q_RNH, k_RNH, v_RNH, plan)
     if plan.key_rows is not None:
         k_RNH, v_RNH = (kv.index_select(0, plan.key_rows) for kv in (k_RNH, v_RNH))
-    if plan.key_bias is not None:
-        q_RNH, k_RNH, v_RNH, scale = with_key_bias(q_RNH, k_RNH, v_RNH, plan.key_bias)
-    out = attend_varlen(
-        q_RNH, k_RNH, v_RNH, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, scale, backend=backend
+    return attend_biased(
+        q_RNH, k_RNH, v_RNH, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, plan.key_bias, backend=backend
     )
+
+
+def attend_biased(
+    q_TNH: Tensor,
+    k_TNH: Tensor,
+    v_TNH: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    key_bias_T: Tensor | None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`attend_varlen` with a bias on the logits of each key, float32 [Tk], or without one."""
+    if key_bias_T is None:
+        return attend_varlen(q_TNH, k_TNH, v_TNH, cu_q, cu_k, max_q, max_k, backend=backend)
+    head_size = q_TNH.shape[-1]
+    q_TNH, k_TNH, v_TNH, scale = with_key_bias(q_TNH, k_TNH, v_TNH, key_bias_T)
+    out = attend_varlen(q_TNH, k_TNH, v_TNH, cu_q, cu_k, max_q, max_k, scale, backend=backend)
     return out[..., :head_size]
 
 
@@ -83,15 +99,15 @@ def _runs_one_by_one(backend: Backend, q_RNH: Tensor) -> bool:
 def _attend_updated(q_RNH: Tensor, k_RNH: Tensor, v_RNH: Tensor, plan: LayoutPlan) -> Tensor:
     """One sequence at a time over a buffer of keys and values that takes what changes."""
     out_RNH = torch.empty_like(q_RNH)
-    starts = plan.cu_q.tolist()
-    key_counts = plan.cu_k.diff().tolist()
     keys = k_RNH.new_empty(plan.max_k, *k_RNH.shape[1:])
     values = torch.empty_like(keys)
-    for sequence, (places, rows) in enumerate(plan.key_updates):
+    start = 0
+    for length, (places, rows) in zip(plan.lengths, plan.key_updates, strict=True):
         keys.index_copy_(0, places, k_RNH.index_select(0, rows))
         values.index_copy_(0, places, v_RNH.index_select(0, rows))
-        start, end, count = starts[sequence], starts[sequence + 1], key_counts[sequence]
-        out_RNH[start:end] = _attend_one(q_RNH[start:end], keys[:count], values[:count])
+        own = slice(start, start + length)
+        out_RNH[own] = _attend_one(q_RNH[own], keys, values)
+        start += length
     return out_RNH
 
 

@@ -23,7 +23,7 @@ from rlt_retrieval.encoders.packing import PackedTokens, covering_tokens
 class LayoutPlan:
     """Rows of S sequences, one after the other, and the keys that each sequence's queries see.
 
-    rows: int64 [R], 0 for the CLS token, 1 + n for patch n; cu_q: int32 [S + 1]; max_q: longest sequence;
+    rows: int64 [R], 0 for the CLS token, 1 + n for patch n; cu_q: int32 [S + 1];
     key_rows: int64 [K], rows that are keys, sequence by sequence, or None: each sequence's own rows;
     cu_k: int32 [S + 1]; max_k; weights: float32 [R], the cells a row stands for (CLS: 1, or T' with cls_bias "log_T");
     key_bias: float32 [K], added to the logits of each key, or None; clip_of_sequence: int64 [S];
@@ -34,7 +34,6 @@ class LayoutPlan:
 
     rows: Tensor
     cu_q: Tensor
-    max_q: int
     key_rows: Tensor | None
     cu_k: Tensor
     max_k: int
@@ -61,10 +60,14 @@ class LayoutPlan:
             self,
             rows=self.rows[self.first_rows],
             cu_q=torch.arange(count + 1, dtype=torch.int32, device=self.rows.device),
-            max_q=1,
             weights=self.weights[self.first_rows],
             lengths=(1,) * count,
         )
+
+    @property
+    def max_q(self) -> int:
+        """Rows of the longest sequence."""
+        return max(self.lengths)
 
     @property
     def first_rows(self) -> Tensor:
@@ -80,21 +83,16 @@ class LayoutPlan:
     def key_updates(self) -> list[tuple[Tensor, Tensor]]:
         """What changes from one sequence's keys to the next: (places among the keys, rows to put there) a sequence.
 
-        The first sequence of a clip, and one with another number of keys, changes everything.
+        For chosen keys that are not merged: then every sequence has max_k of them. The first of a clip changes all, for
+        no row belongs to two clips.
         """
         assert self.key_rows is not None
-        counts = self.cu_k.diff().tolist()
-        clips = self.clip_of_sequence.tolist()
-        updates = []
-        before, clip_before = None, -1
-        for clip, rows in zip(clips, self.key_rows.split(counts), strict=True):
-            if before is None or clip != clip_before or len(rows) != len(before):
-                places = torch.arange(len(rows), device=rows.device)
-            else:
-                places = (rows != before).nonzero()[:, 0]
-            updates.append((places, rows[places]))
-            before, clip_before = rows, clip
-        return updates
+        keys_SK = self.key_rows.reshape(-1, self.max_k)
+        before_SK = torch.cat([torch.full_like(keys_SK[:1], -1), keys_SK[:-1]])
+        places = [
+            (keys_K != before_K).nonzero()[:, 0] for keys_K, before_K in zip(keys_SK, before_SK, strict=True)
+        ]
+        return [(places_U, keys_K[places_U]) for places_U, keys_K in zip(places, keys_SK, strict=True)]
 
 
 def joint_plan(
@@ -111,7 +109,7 @@ def joint_plan(
         parts.append(torch.cat([rows.new_zeros(int(has_cls)), rows]))
     rows = torch.cat(parts)
     lengths = tuple(len(part) for part in parts)
-    cu_q, max_q = _offsets(lengths, device)
+    cu_q = _offsets(lengths, device)
     weights = packed.run_lengths.float()[(rows - 1).clamp(min=0)]
     if has_cls:
         cls_counts = [grid[0] if settings.cls_bias == "log_T" else 1 for grid in packed.grids]
@@ -123,10 +121,9 @@ def joint_plan(
     return LayoutPlan(
         rows=rows,
         cu_q=cu_q,
-        max_q=max_q,
         key_rows=None,
         cu_k=cu_q,
-        max_k=max_q,
+        max_k=max(lengths),
         weights=weights,
         key_bias=key_bias,
         clip_of_sequence=clips,
@@ -170,24 +167,21 @@ def _with_keys(
     sequence_N = torch.repeat_interleave(torch.tensor(counts, device=device), output_size=packed.num_tokens)
     row_N = torch.arange(packed.num_tokens, device=device) + extra * (1 + sequence_N)
     lengths = tuple(count + extra for count in counts)
-    cu_q, max_q = _offsets(lengths, device)
+    cu_q = _offsets(lengths, device)
     rows = torch.zeros(sum(lengths), dtype=torch.int64, device=device)
     rows[row_N] = torch.arange(1, packed.num_tokens + 1, device=device)
-    cu_k, max_k = _offsets(
-        [tokens.shape[1] + extra for tokens in key_tokens for _ in range(len(tokens))], device
-    )
+    num_keys = key_tokens[0].shape[1] + extra  # a frame, for all clips have one grid size
     key_rows = None
-    if int(cu_k[-1]) != len(rows):  # something was dropped
+    if num_keys * len(lengths) != len(rows):  # something was dropped
         cls_rows = iter(cu_q[:-1].long().split([len(tokens) for tokens in key_tokens]))
         parts = [torch.cat([next(cls_rows)[:, None][:, :extra], row_N[tokens]], 1) for tokens in key_tokens]
         key_rows = torch.cat([part.flatten() for part in parts])
     return LayoutPlan(
         rows=rows,
         cu_q=cu_q,
-        max_q=max_q,
         key_rows=key_rows,
-        cu_k=cu_k,
-        max_k=max_k,
+        cu_k=_offsets([num_keys] * len(lengths), device),
+        max_k=num_keys,
         weights=torch.ones(len(rows), device=device),
         key_bias=None,
         clip_of_sequence=torch.tensor(clips, device=device),
@@ -197,9 +191,8 @@ def _with_keys(
     )
 
 
-def _offsets(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
-    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    return offsets.to(device), max(lengths)
+def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
 
 
 def _dropped(rows: Tensor, rate: float, seed: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rlt_retrieval.config import VideoSettings
-from rlt_retrieval.encoders.attention import Backend, attend_rows, attend_varlen, with_key_bias
+from rlt_retrieval.encoders.attention import Backend, attend_biased, attend_rows
 from rlt_retrieval.encoders.layouts import LayoutPlan, frame_plan, joint_plan
 from rlt_retrieval.encoders.packing import Grid, PackedTokens, VideoTokens
 from rlt_retrieval.encoders.reducers import make_network_reducer, reduced_grid
@@ -284,10 +284,8 @@ class VideoEncoder(nn.Module):
         weights_T: Tensor,
     ) -> Tensor:
         """Attention of a pooling head: a token that stands for r cells counts r times."""
-        head_size = q_TNH.shape[-1]
-        q_TNH, k_TNH, v_TNH, scale = with_key_bias(q_TNH, k_TNH, v_TNH, weights_T.log())
-        out = attend_varlen(q_TNH, k_TNH, v_TNH, cu_q, cu_k, max_q, max_k, scale, backend=self.backend)
-        return out[..., :head_size]
+        bias_T = weights_T.log()
+        return attend_biased(q_TNH, k_TNH, v_TNH, cu_q, cu_k, max_q, max_k, bias_T, backend=self.backend)
 
 
 def _scaled(change_RD: Tensor, plan: LayoutPlan, scales_B: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlt_retrieval.bench import clips as bench_clips
 from rlt_retrieval.bench.clips import BenchClip, read_clips
 from rlt_retrieval.data.video import FrameTransform, decode_clip
 from rlt_retrieval.embed import LoaderOptions
@@ -16,8 +17,8 @@ TRANSFORM = FrameTransform(32, 32)
 HERE = LoaderOptions(num_workers=0)
 
 
-def read(*sources: Path, **options: float) -> tuple[list[BenchClip], list[str]]:
-    return read_clips(sources, TRANSFORM, 4, HERE, **options)
+def read(*sources: Path) -> tuple[list[BenchClip], list[str]]:
+    return read_clips(sources, TRANSFORM, 4, HERE)
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_a_file_has_its_captions_too_and_sources_add_up(videos: Path) -> None:
     assert not problems
 
 
-def test_a_file_is_cut_to_the_window_and_a_span_is_not(videos: Path) -> None:
+def test_a_file_is_cut_to_the_window_and_a_span_is_not(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (videos / "clips.jsonl").write_text(
         json.dumps({"video": "a.mp4", "captions": ["x"], "start_seconds": 0.25, "end_seconds": 1.0})
     )
@@ -61,8 +62,9 @@ def test_a_file_is_cut_to_the_window_and_a_span_is_not(videos: Path) -> None:
         return clip.frames_TCHW
 
     (whole,), _ = read(videos / "a.mp4")
-    (half,), _ = read(videos / "a.mp4", window_seconds=0.5)
-    (span,), _ = read(videos / "clips.jsonl", window_seconds=0.5)
+    monkeypatch.setattr(bench_clips, "DEFAULT_WINDOW_SECONDS", 0.5)
+    (half,), _ = read(videos / "a.mp4")
+    (span,), _ = read(videos / "clips.jsonl")
     assert torch.equal(whole.frames_TCHW, frames(0, 10))
     assert torch.equal(half.frames_TCHW, frames(0, 0.5))
     assert torch.equal(span.frames_TCHW, frames(0.25, 1.0))

@@ -3,8 +3,6 @@
 Shapes: T frames, H x W pixels, P patch side.
 """
 
-import pickle
-
 import numpy as np
 import pytest
 import torch
@@ -128,15 +126,6 @@ def test_a_larger_threshold_keeps_no_more() -> None:
     counts = [len(GatedTokenizer(2, threshold)(torch.from_numpy(frames))) for threshold in (0, 0.5, 0.9, 2)]
     assert counts == sorted(counts, reverse=True)
     assert (counts[0], counts[-1]) == (16 + 4 * 4, 16)
-
-
-def test_the_same_pixels_give_the_same_tokens() -> None:
-    frames = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (4, 3, 4, 4), dtype=np.uint8))
-    tokenizer = GatedTokenizer(2, 0.8)
-    tokens = tokenizer(frames)
-    other = pickle.loads(pickle.dumps(tokenizer))(frames.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
-    for name in ("patches", "positions", "run_lengths", "covering"):
-        assert torch.equal(getattr(other, name), getattr(tokens, name))
 
 
 def test_impossible_settings_and_frames_are_refused() -> None:

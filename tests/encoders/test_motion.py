@@ -3,7 +3,6 @@
 Shapes: T frames, H x W pixels, P patch side.
 """
 
-import pickle
 from collections import Counter
 from fractions import Fraction
 
@@ -217,15 +216,6 @@ def test_without_a_search_the_tokens_are_rlts(frames: np.ndarray, threshold: flo
     rlt = RunLengthTokenizer(P, 1, threshold, "anchor")(tensor)
     for name in ("patches", "positions", "run_lengths"):
         assert torch.equal(getattr(tokens, name), getattr(rlt, name))
-
-
-def test_the_same_pixels_give_the_same_tokens() -> None:
-    frames = panned(4, 32, (1, 2))
-    tokenizer = MotionTokenizer(8, 0.02)
-    tokens = tokenizer(frames)
-    other = pickle.loads(pickle.dumps(tokenizer))(frames.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
-    for name in ("patches", "positions", "run_lengths", "covering"):
-        assert torch.equal(getattr(other, name), getattr(tokens, name))
 
 
 def test_impossible_settings_and_frames_are_refused() -> None:

@@ -244,7 +244,7 @@ def test_frames_with_chosen_keys_run_through_a_tower() -> None:
 def test_dropped_rows_have_no_owner_ever_after() -> None:
     plan = plan_of([4])
     once = merged_plan(plan, torch.tensor([0, -1, 1, 2]), [3], torch.ones(4))
-    _, twice = merge(random_rows(once), once, torch.tensor([0, 1, 1]), [2], once.weights)
+    _, twice = merge(random_rows(once), once, torch.tensor([0, 1, 1]), [1], once.weights)
     assert twice.owner is not None
     assert twice.owner.tolist() == [0, -1, 1, 1]
     assert twice.rows.tolist() == [0, 2]

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from rlt_retrieval.encoders.layouts import LayoutPlan
-from rlt_retrieval.encoders.reducers.merging import at_least_float32, merge_rows, merged_plan, on_device
+from rlt_retrieval.encoders.reducers.merging import (
+    NetworkReducer,
+    at_least_float32,
+    merge_rows,
+    merged_plan,
+    on_device,
+)
 from rlt_retrieval.errors import ModelError
 
 _LEAST_SHARE = 1 / 4  # of the rows that go on: the published settings keep 1/2 (12 frames to 6), 1/3 and 1/4
@@ -22,7 +28,7 @@ _MAX_ITERATIONS = 100  # the authors' scripts
 
 
 @dataclass(frozen=True)
-class CenterClip:
+class CenterClip(NetworkReducer):
     """Multi-segment token clustering of whole frames (layout "frame", nothing pruned).
 
     Up to one block each frame is on its own. Then the clip is cut into segments of equal numbers of frames, the patches
@@ -72,12 +78,6 @@ class CenterClip:
         num_segments = max(1, num_frames // max(2, round(1 / share)))
         num_medoids = int(share * num_rows / num_segments + 1e-6) - num_cls  # 1/3 is no float
         return num_segments, max(1, min(num_medoids, num_frames // num_segments * num_patches))
-
-    def after_attention(
-        self, block_index: int, x_RD: Tensor, plan: LayoutPlan, q_RNH: Tensor, k_RNH: Tensor
-    ) -> tuple[Tensor, LayoutPlan]:
-        """Nothing happens here."""
-        return x_RD, plan
 
     def after_block(self, block_index: int, x_RD: Tensor, plan: LayoutPlan) -> tuple[Tensor, LayoutPlan]:
         """See `NetworkReducer`."""

@@ -22,25 +22,30 @@ from rlt_retrieval.encoders.tokenizer import (
 
 
 @dataclass(frozen=True)
-class FrameTokenizer:
-    """A uniform subset of the frames, each kept whole.
-
-    F = max(1, round(keep_ratio T)), Python's rounding; segment i = [floor(i T / F), floor((i + 1) T / F)). Its tokens
-    carry the time of its first frame, run for its length, and show its middle frame (of two: the earlier).
+class _ByRatio:
+    """What keeps a share of a clip whatever it shows.
 
     Attributes:
         patch_size: P, pixels.
-        keep_ratio: share of the frames that is kept, in (0, 1].
+        keep_ratio: the share, in (0, 1].
     Raises:
         ValueError: an impossible size or share.
     """
 
-    patch_size: int = 16
-    keep_ratio: float = 0.5
+    patch_size: int
+    keep_ratio: float
 
     def __post_init__(self) -> None:
         check_patch_size(self.patch_size)
         _check_ratio(self.keep_ratio)
+
+
+class FrameTokenizer(_ByRatio):
+    """A uniform subset of the frames, each kept whole.
+
+    F = max(1, round(keep_ratio T)), Python's rounding; segment i = [floor(i T / F), floor((i + 1) T / F)). Its tokens
+    carry the time of its first frame, run for its length, and show its middle frame (of two: the earlier).
+    """
 
     def __call__(self, frames_TCHW: Tensor) -> VideoTokens:
         """Tokenize one clip: uint8 [T, 3, H, W] on any device. Raises ValueError for frames of another kind."""
@@ -59,25 +64,11 @@ class FrameTokenizer:
         return tokens_from_mask(shown_tuCHW, mask_thw, self.patch_size)
 
 
-@dataclass(frozen=True)
-class SmallPictureTokenizer:
+class SmallPictureTokenizer(_ByRatio):
     """All tokens of all frames at a smaller input size; the patch size stays.
 
     The grid is that of `reduced_grid`; frames are resized to it (bicubic, antialiased, rounded to uint8).
-
-    Attributes:
-        patch_size: P, pixels.
-        keep_ratio: share of the tokens that is wanted, in (0, 1].
-    Raises:
-        ValueError: an impossible size or share.
     """
-
-    patch_size: int = 16
-    keep_ratio: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_patch_size(self.patch_size)
-        _check_ratio(self.keep_ratio)
 
     def __call__(self, frames_TCHW: Tensor) -> VideoTokens:
         """Tokenize one clip: uint8 [T, 3, H, W] at the model's size, on any device.
@@ -133,7 +124,7 @@ class RltRandomTokenizer:
     """
 
     rlt: RunLengthTokenizer
-    keep_ratio: float = 0.5
+    keep_ratio: float
 
     def __post_init__(self) -> None:
         _check_ratio(self.keep_ratio)

@@ -10,7 +10,6 @@ import bisect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,16 +18,18 @@ from torch.nn import functional as F
 from rlt_retrieval.encoders.layouts import LayoutPlan
 
 
-class NetworkReducer(Protocol):
-    """What `VideoEncoder` calls in every block; either method may give its arguments back unchanged."""
+class NetworkReducer:
+    """What `VideoEncoder` calls in every block; a method that is not overridden gives its arguments back."""
 
     def after_attention(
         self, block_index: int, x_RD: Tensor, plan: LayoutPlan, q_RNH: Tensor, k_RNH: Tensor
     ) -> tuple[Tensor, LayoutPlan]:
         """Between the two branches of a block. x_RD: with attention added; q, k: the block's, one a row."""
+        return x_RD, plan
 
     def after_block(self, block_index: int, x_RD: Tensor, plan: LayoutPlan) -> tuple[Tensor, LayoutPlan]:
         """After the MLP has been added."""
+        return x_RD, plan
 
 
 def on_device(values: Sequence[int], device: torch.device) -> Tensor:
@@ -118,9 +119,13 @@ def _best_partners(metric_RE: Tensor, rows_SL: Tensor, is_row_SL: Tensor) -> tup
 
 
 def merge(
-    x_RD: Tensor, plan: LayoutPlan, assignment_R: Tensor, lengths: Sequence[int], masses_R: Tensor
+    x_RD: Tensor, plan: LayoutPlan, assignment_R: Tensor, num_merged: Sequence[int], masses_R: Tensor
 ) -> tuple[Tensor, LayoutPlan]:
-    """Rows merged to their mean by mass, and the plan in which the masses have added up."""
+    """Rows merged to their mean by mass, and the plan in which the masses have added up.
+
+    num_merged: rows that each sequence loses.
+    """
+    lengths = [length - merged for length, merged in zip(plan.lengths, num_merged, strict=True)]
     x_new = merge_rows(x_RD, masses_R, assignment_R, sum(lengths))
     return x_new, merged_plan(plan, assignment_R, lengths, masses_R)
 
@@ -163,15 +168,14 @@ def merged_plan(
         0, target_R, torch.arange(len(target_R), device=device), "amin"
     )
     weights = plan.weights.new_zeros(num_rows + 1).index_add(0, target_R, masses_R.to(plan.weights.dtype))
-    cu_q, max_q = on_device([0, *itertools.accumulate(lengths)], device).int(), max(lengths)
-    key_rows, cu_k, max_k, key_bias = plan.key_rows, cu_q, max_q, weights[:num_rows].log()
+    cu_q = on_device([0, *itertools.accumulate(lengths)], device).int()
+    key_rows, cu_k, max_k, key_bias = plan.key_rows, cu_q, max(lengths), weights[:num_rows].log()
     if key_rows is not None:
         key_rows, cu_k, max_k, key_bias = _merged_keys(plan, assignment_R[key_rows], num_rows)
     return replace(
         plan,
         rows=plan.rows[first[:num_rows]],
         cu_q=cu_q,
-        max_q=max_q,
         key_rows=key_rows,
         cu_k=cu_k,
         max_k=max_k,

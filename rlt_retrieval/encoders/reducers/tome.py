@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlt_retrieval.encoders.layouts import LayoutPlan
 from rlt_retrieval.encoders.reducers.merging import (
+    NetworkReducer,
     bipartite_assignment,
     halved,
     least_reduction,
@@ -20,7 +21,7 @@ from rlt_retrieval.encoders.reducers.merging import (
 
 
 @dataclass(frozen=True)
-class TokenMerging:
+class TokenMerging(NetworkReducer):
     """ToMe on packed sequences of any lengths, between attention and MLP of every block.
 
     Rows are matched on the block's keys, averaged over heads (section 3, "Token similarity"; `bipartite_assignment`),
@@ -53,12 +54,7 @@ class TokenMerging:
         if not any(num_merged):
             return x_RD, plan
         assignment_R, _ = bipartite_assignment(k_RNH.mean(1), plan.rows == 0, plan.lengths, num_merged)
-        lengths_after = [length - merged for length, merged in zip(plan.lengths, num_merged, strict=True)]
-        return merge(x_RD, plan, assignment_R, lengths_after, plan.weights)
-
-    def after_block(self, block_index: int, x_RD: Tensor, plan: LayoutPlan) -> tuple[Tensor, LayoutPlan]:
-        """Nothing happens here."""
-        return x_RD, plan
+        return merge(x_RD, plan, assignment_R, num_merged, plan.weights)
 
 
 @functools.lru_cache(maxsize=4096)

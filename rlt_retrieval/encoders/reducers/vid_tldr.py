@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlt_retrieval.encoders.layouts import LayoutPlan
 from rlt_retrieval.encoders.reducers.merging import (
+    NetworkReducer,
     at_least_float32,
     bipartite_assignment,
     halved,
@@ -30,7 +31,7 @@ _ROWS_AT_ONCE = 4096  # of attention matrices that are held at the same time
 
 
 @dataclass(frozen=True)
-class VidTldr:
+class VidTldr(NetworkReducer):
     """vid-TLDR on packed sequences, between attention and MLP of the first three blocks.
 
     Rows are matched on their features (x, with attention added) as ToMe matches keys. A row that is merged away
@@ -68,12 +69,7 @@ class VidTldr:
         saliency_R = packed_saliency(q_RNH.detach(), k_RNH.detach(), is_cls_R, plan.lengths)
         assignment_R, goes_R = bipartite_assignment(x_RD, is_cls_R, plan.lengths, num_merged)
         masses_R = torch.where(goes_R, plan.weights * saliency_R, plan.weights)
-        lengths_after = [length - merged for length, merged in zip(plan.lengths, num_merged, strict=True)]
-        return merge(x_RD, plan, assignment_R, lengths_after, masses_R)
-
-    def after_block(self, block_index: int, x_RD: Tensor, plan: LayoutPlan) -> tuple[Tensor, LayoutPlan]:
-        """Nothing happens here."""
-        return x_RD, plan
+        return merge(x_RD, plan, assignment_R, num_merged, masses_R)
 
 
 @functools.lru_cache(maxsize=4096)
