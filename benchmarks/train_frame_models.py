@@ -55,7 +55,8 @@ class Phase(NamedTuple):
 
 # Backdrops first; then clips that share one, which ask for shapes and companions, and events of an eighth of a clip.
 EVENT_PHASES = (Phase(250, 96, 1, 3), Phase(250, 48, 4, 8))
-EVENT_VISION = {"patch_size": 8, "width": 96, "layers": 2}
+EVENT_VISION = {"patch_size": 8, "width": 96}
+EVENT_LAYERS = 2
 OPTIM = OptimRecipe(
     steps=sum(phase.num_steps for phase in EVENT_PHASES),
     batch_size=96,
@@ -148,13 +149,15 @@ def recipe(seed: int, optim: OptimRecipe, side: int, vision: dict[str, int]) -> 
     )
 
 
-def train_events(seed: int, phases: Sequence[Phase] = EVENT_PHASES, num_test: int = 1024) -> VideoTextModel:
+def train_events(
+    seed: int, phases: Sequence[Phase] = EVENT_PHASES, num_test: int = 1024, layers: int = EVENT_LAYERS
+) -> VideoTextModel:
     """A model that has never seen the contents of `held_out_clips(seed, num_test)`; in eval mode.
 
     It may train on clips of fewer frames than it is tested on: no frame knows of another.
     """
     optim = OPTIM.model_copy(update={"steps": sum(phase.num_steps for phase in phases)})
-    chosen = recipe(seed, optim, SPEC.side, EVENT_VISION)
+    chosen = recipe(seed, optim, SPEC.side, {**EVENT_VISION, "layers": layers})
     ranks = join_ranks("cpu")
     model = create_model(chosen, ranks.device)
     loss, optimizer = create_loss(chosen, model, ranks), build_optimizer(model, chosen)
@@ -283,10 +286,11 @@ def main() -> None:
     for command in (events, videos):
         command.add_argument("out", type=Path, help="folder for the model")
         command.add_argument("--seed", type=int, default=0)
+    events.add_argument("--layers", type=int, default=EVENT_LAYERS, help="blocks of the image tower")
     videos.add_argument("folder", type=Path, help="videos")
     options = parser.parse_args()
     if options.command == "events":
-        model = train_events(options.seed)
+        model = train_events(options.seed, layers=options.layers)
         scores = score_events(model, held_out_clips(options.seed))
         figures = {"R@1": scores.found_first_N.mean(), "moment AUC": scores.moment_auc_E.mean()}
     else:

@@ -120,18 +120,25 @@ def _write(path: Path, content: bytes) -> None:
     write_whole(path, lambda file: file.write(content))
 
 
-def _page(bench: Bench) -> str:
+def surroundings_text() -> str:
+    """`surroundings` on one line."""
     where = surroundings()
-    machine, versions = where["machine"], where["versions"]
+    machine = where["machine"]
     facts = [
         where["date"],
         f"{machine['cores']} cores ({machine['platform']}), {machine['threads']} threads",
         *([machine["gpu"]] if machine["gpu"] else []),
-        *(f"{name} {number}" for name, number in versions.items()),
+        *(f"{name} {number}" for name, number in where["versions"].items()),
     ]
+    return ", ".join(facts)
+
+
+def _page(bench: Bench) -> str:
     skipped = [f"Left out: {line}" for line in bench.skipped]
     layers = [_layers_text(table) for table in bench.tables]
-    return "\n\n".join(["# Token reducers", ", ".join(facts), bench.to_markdown(), *layers, *skipped]) + "\n"
+    return (
+        "\n\n".join(["# Token reducers", surroundings_text(), bench.to_markdown(), *layers, *skipped]) + "\n"
+    )
 
 
 def table_text(table: ReducerTable) -> str:
