@@ -1,6 +1,7 @@
 """Run-length tokenization (RLT, arXiv 2411.05222): drop patches that repeat, keep how long they last.
 
-Shapes: T frames, T' tubelets, H x W pixels, grid T' x H' x W', P patch side, N kept tokens, C = 3 channels.
+Shapes: T frames, T' tubelets of u frames, H x W pixels, grid T' x H' x W', n = H' W' cells of a tubelet, P patch side,
+p = P² pixels of a patch, N kept tokens (or rows, T' n), C = 3 channels.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Reference = Literal["previous", "anchor"]
 # backbone's own normaliser. 1 / std_c as integers over a common denominator, so that sums stay exact.
 _STD_THOUSANDTHS = (229, 224, 225)
 _COMMON = 229 * 224 * 225
-_CHANNEL_WEIGHTS = tuple(_COMMON // std for std in _STD_THOUSANDTHS)
+CHANNEL_WEIGHTS = tuple(_COMMON // std for std in _STD_THOUSANDTHS)
 
 KEEP_ALL = -1.0  # no difference is below zero, so this threshold drops nothing
 
@@ -78,39 +79,47 @@ class RunLengthTokenizer:
         Raises:
             ValueError: other dtype or shape.
         """
-        return self._keep_mask(cut_tubelets(frames_TCHW, self.patch_size, self.tubelet_size))
+        return self.keep_mask_of(self.cut(frames_TCHW))
 
     def __call__(self, frames_TCHW: Tensor) -> VideoTokens:
         """Tokenize one clip: see `keep_mask` for the argument, `VideoTokens` for the result."""
-        frames_tuCHW = cut_tubelets(frames_TCHW, self.patch_size, self.tubelet_size)
-        return tokens_from_mask(frames_tuCHW, self._keep_mask(frames_tuCHW), self.patch_size)
+        patches_thwucpp = self.cut(frames_TCHW)
+        return tokens_of_patches(patches_thwucpp, self.keep_mask_of(patches_thwucpp))
 
-    def _keep_mask(self, frames_tuCHW: Tensor) -> Tensor:
-        num_tubelets = frames_tuCHW.shape[0]
-        height, width = (side // self.patch_size for side in frames_tuCHW.shape[-2:])
-        mask_thw = torch.ones(num_tubelets, height, width, dtype=torch.bool, device=frames_tuCHW.device)
+    def cut(self, frames_TCHW: Tensor) -> Tensor:
+        """All tubelets' patches, kept or not: `cut_patches`. See `keep_mask` for the argument and what raises."""
+        return cut_patches(cut_tubelets(frames_TCHW, self.patch_size, self.tubelet_size), self.patch_size)
+
+    def keep_mask_of(self, patches_thwucpp: Tensor) -> Tensor:
+        """`keep_mask` of frames that are already cut."""
+        rows_tnucp = patches_thwucpp.flatten(1, 2).flatten(-2)
+        mask_tn = torch.ones(rows_tnucp.shape[:2], dtype=torch.bool, device=rows_tnucp.device)
         limit = difference_limit(self.threshold, self.patch_size)
-        if num_tubelets == 1 or limit < 0:
-            return mask_thw
-        if self.reference == "previous":
-            later_tCHW, earlier_tCHW = frames_tuCHW[1:, -1], frames_tuCHW[:-1, 0]
-            mask_thw[1:] = patch_differences(later_tCHW, earlier_tCHW, self.patch_size) > limit
-            for t in range(1, num_tubelets):
-                self._refresh(mask_thw, t)
-            return mask_thw
-        anchor_uCHW = frames_tuCHW[0].clone()
-        for t in range(1, num_tubelets):
-            differences_uhw = patch_differences(frames_tuCHW[t], anchor_uCHW, self.patch_size)
-            mask_thw[t] = differences_uhw.amax(0) > limit
-            self._refresh(mask_thw, t)
-            pixels_HW = pixels_of_cells(mask_thw[t], self.patch_size)
-            anchor_uCHW = torch.where(pixels_HW, frames_tuCHW[t], anchor_uCHW)
-        return mask_thw
+        if limit >= 0:
+            compare = self._beside_previous if self.reference == "previous" else self._beside_anchors
+            compare(rows_tnucp, mask_tn, limit)
+        return mask_tn.view(patches_thwucpp.shape[:3])
 
-    def _refresh(self, mask_thw: Tensor, t: int) -> None:
+    def _beside_previous(self, rows_tnucp: Tensor, mask_tn: Tensor, limit: int) -> None:
+        mask_tn[1:] = _row_differences(rows_tnucp[1:, :, -1], rows_tnucp[:-1, :, 0]) > limit
+        for t in range(1, len(mask_tn)):
+            self._refresh(mask_tn, t)
+
+    def _beside_anchors(self, rows_tnucp: Tensor, mask_tn: Tensor, limit: int) -> None:
+        num_tubelets, num_cells = mask_tn.shape
+        rows_Nucp = rows_tnucp.flatten(0, 1)
+        own_tn = torch.arange(num_tubelets * num_cells, device=mask_tn.device).view(mask_tn.shape)
+        anchor_n = own_tn[0]  # as a row of rows_Nucp
+        for t in range(1, num_tubelets):
+            differences_nu = _row_differences(rows_tnucp[t], rows_Nucp.index_select(0, anchor_n))
+            mask_tn[t] = differences_nu.amax(1) > limit
+            self._refresh(mask_tn, t)
+            anchor_n = torch.where(mask_tn[t], own_tn[t], anchor_n)
+
+    def _refresh(self, mask_tn: Tensor, t: int) -> None:
         """Keep tubelet t whole, in place, if it is due and anything was kept since the last one that was due."""
         if self.refresh_every and t % self.refresh_every == 0:
-            mask_thw[t] |= mask_thw[t - self.refresh_every + 1 : t + 1].any()
+            mask_tn[t] |= mask_tn[t - self.refresh_every + 1 : t + 1].any()
 
 
 # ------------------------------------------------------------------- pieces that other tokenizers are built on
@@ -138,31 +147,48 @@ def cut_tubelets(frames_TCHW: Tensor, patch_size: int, tubelet_size: int = 1) ->
     return frames_TCHW.reshape(-1, tubelet_size, 3, height, width)
 
 
+def cut_patches(frames_tuCHW: Tensor, patch_size: int) -> Tensor:
+    """uint8 [T', H', W', tubelet, 3, P, P], contiguous: one copy, after which each patch is one piece of memory."""
+    t, u, c, height, width = frames_tuCHW.shape
+    p = patch_size
+    blocks = frames_tuCHW.reshape(t, u, c, height // p, p, width // p, p)
+    return blocks.permute(0, 3, 5, 1, 2, 4, 6).contiguous()
+
+
 def tokens_from_mask(
     frames_tuCHW: Tensor, mask_thw: Tensor, patch_size: int, covering_thw: Tensor | None = None
+) -> VideoTokens:
+    """Tokens of the kept cells of a clip, given as uint8 [T', tubelet, 3, H, W] (what `cut_tubelets` gives).
+
+    The other arguments and the result: `tokens_of_patches`.
+    """
+    return tokens_of_patches(cut_patches(frames_tuCHW, patch_size), mask_thw, covering_thw)
+
+
+def tokens_of_patches(
+    patches_thwucpp: Tensor, mask_thw: Tensor, covering_thw: Tensor | None = None
 ) -> VideoTokens:
     """Tokens of the kept cells of a clip.
 
     Args:
-        frames_tuCHW: uint8 [T', tubelet, 3, H, W]; what `cut_tubelets` gives.
+        patches_thwucpp: uint8 [T', H', W', tubelet, 3, P, P]; what `cut_patches` gives.
         mask_thw: bool [T', H', W'], True: kept; the first tubelet is kept whole.
         covering_thw: int [T', H', W'], the token (in (t, y, x) order) that stands for each cell, kept ones for
             themselves; None: the latest one at the same place.
     """
-    t, u, c, height, width = frames_tuCHW.shape
-    p = patch_size
-    patches_thwucpp = frames_tuCHW.reshape(t, u, c, height // p, p, width // p, p).permute(
-        0, 3, 5, 1, 2, 4, 6
-    )
+    num_tubelets, height, width = mask_thw.shape
+    positions_N3 = mask_thw.nonzero()  # the only step whose size the device alone knows
+    t_N, y_N, x_N = positions_N3.unbind(1)
+    kept_N = (t_N * height + y_N) * width + x_N
     if covering_thw is None:
-        run_lengths_N = _run_lengths(mask_thw)[mask_thw]
+        run_lengths_N = run_lengths(mask_thw).flatten().index_select(0, kept_N)
     else:
-        run_lengths_N = torch.bincount(covering_thw.flatten(), minlength=int(mask_thw.sum()))
+        run_lengths_N = torch.bincount(covering_thw.flatten(), minlength=len(kept_N))
     return VideoTokens(
-        patches=patches_thwucpp[mask_thw],
-        positions=mask_thw.nonzero().to(torch.int32),
+        patches=patches_thwucpp.flatten(0, 2).index_select(0, kept_N),
+        positions=positions_N3.to(torch.int32),
         run_lengths=run_lengths_N.to(torch.int32),
-        grid=(t, height // p, width // p),
+        grid=(num_tubelets, height, width),
         covering=None if covering_thw is None else covering_thw.to(torch.int32),
     )
 
@@ -183,8 +209,23 @@ def patch_differences(a_fCHW: Tensor, b_fCHW: Tensor, patch_size: int) -> Tensor
     difference_fCHW = (a_fCHW.to(torch.int16) - b_fCHW.to(torch.int16)).abs_()
     blocks = difference_fCHW.reshape(f, 3, height // patch_size, patch_size, width // patch_size, patch_size)
     sums_fchw = blocks.sum(dim=3, dtype=torch.int32).sum(dim=4, dtype=torch.int64)
-    weights_c = torch.tensor(_CHANNEL_WEIGHTS, dtype=torch.int64, device=a_fCHW.device)
-    return (sums_fchw * weights_c[:, None, None]).sum(1)
+    return _weighted(sums_fchw.movedim(1, -1))
+
+
+def _row_differences(a_ncp: Tensor, b_ncp: Tensor) -> Tensor:
+    """The same of patches that lie in one piece: uint8 [..., 3, P²] each to int64 [...].
+
+    On the CPU differences in uint8 and sums in int32 are the fastest.
+    """
+    difference_ncp = torch.maximum(a_ncp, b_ncp).sub_(torch.minimum(a_ncp, b_ncp))
+    return _weighted(difference_ncp.sum(-1, dtype=torch.int32).long())
+
+
+def _weighted(sums_nc: Tensor) -> Tensor:
+    """int64 [..., 3] to [...]. Weights are numbers, not a tensor, which a GPU would have to be sent."""
+    red, green, blue = CHANNEL_WEIGHTS
+    red_n, green_n, blue_n = sums_nc.unbind(-1)
+    return (red_n * red).add_(green_n, alpha=green).add_(blue_n, alpha=blue)
 
 
 def check_patch_size(patch_size: int) -> None:
@@ -199,7 +240,7 @@ def check_threshold(threshold: float) -> None:
         raise ValueError(f"threshold is {threshold}; it must be a finite number (negative keeps all)")
 
 
-def _run_lengths(mask_thw: Tensor) -> Tensor:
+def run_lengths(mask_thw: Tensor) -> Tensor:
     """int64 [T', H', W']: at kept places, tubelets until the next kept one there (or the end)."""
     num_tubelets = mask_thw.shape[0]
     time_t11 = torch.arange(num_tubelets, device=mask_thw.device)[:, None, None]

@@ -262,6 +262,17 @@ def test_a_difference_of_exactly_the_threshold_is_a_repetition(reference: str) -
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
+@pytest.mark.parametrize("patch", [16, 32])
+def test_black_beside_white_is_the_largest_difference(patch: int, reference: str) -> None:
+    """(1/0.229 + 1/0.224 + 1/0.225) / 3 = 4.425…; its weighted sum is beyond 32 bits, a pixel's step beyond 8."""
+    frames = torch.zeros(3, 3, patch, patch, dtype=torch.uint8)
+    frames[1] = 255
+    for threshold, kept in ((4.425, True), (4.426, False)):
+        tokenizer = RunLengthTokenizer(patch, 1, threshold, reference)  # type: ignore[arg-type]
+        assert tokenizer.keep_mask(frames).flatten().tolist() == [True, kept, kept]
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
 @given(frames=videos(), threshold=st.sampled_from([0.0, 0.1]))
 @settings(max_examples=20, deadline=None)
 def test_masks_depend_on_nothing_but_the_pixels(frames: np.ndarray, threshold: float, reference: str) -> None:
