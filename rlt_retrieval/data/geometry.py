@@ -4,6 +4,7 @@ Shapes: H height, W width, C = 3 channels. Sizes in pixels.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -114,13 +115,12 @@ def shrunk(height: int, width: int, short_side: int) -> tuple[int, int]:
     return max(1, round(height * ratio)), max(1, round(width * ratio))
 
 
-def cut_out(picture_HWC: np.ndarray, geometry: Geometry, transform: FrameTransform) -> np.ndarray:
-    """The transform's part of a scaled picture [H, W, 3], padded where the picture does not reach."""
+def cut_out(planes: Sequence[np.ndarray], geometry: Geometry, transform: FrameTransform) -> np.ndarray:
+    """The transform's part of a scaled picture, padded where it does not reach: C planes [H, W] to [C, H, W]."""
+    out_CHW = np.full((len(planes), transform.height, transform.width), transform.fill_color, np.uint8)
     top, left = max(geometry.top, 0), max(geometry.left, 0)
-    part_HWC = picture_HWC[top : top + transform.height, left : left + transform.width]
-    if part_HWC.shape[:2] == (transform.height, transform.width):
-        return np.ascontiguousarray(part_HWC)
-    out_HWC = np.full((transform.height, transform.width, 3), transform.fill_color, np.uint8)
-    top, left = max(-geometry.top, 0), max(-geometry.left, 0)
-    out_HWC[top : top + part_HWC.shape[0], left : left + part_HWC.shape[1]] = part_HWC
-    return out_HWC
+    out_top, out_left = max(-geometry.top, 0), max(-geometry.left, 0)
+    for plane_HW, out_HW in zip(planes, out_CHW, strict=True):
+        part_HW = plane_HW[top : top + transform.height, left : left + transform.width]
+        out_HW[out_top : out_top + part_HW.shape[0], out_left : out_left + part_HW.shape[1]] = part_HW
+    return out_CHW

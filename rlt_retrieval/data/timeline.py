@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -108,7 +109,11 @@ class Clock:
             tick = self._next(raw, self._last, self._last_duration or self._default_step)
             self._last_step = tick - self._last
         self._last, self._last_duration = tick, duration
-        return float((tick - self.origin) * self._time_base)
+        return self._seconds(tick)
+
+    def _seconds(self, tick: int) -> float:
+        assert self.origin is not None
+        return (tick - self.origin) * self._time_base.numerator / self._time_base.denominator
 
     def _next(self, raw: int | None, last: int, step: int) -> int:
         if raw is not None and not last - self._back <= raw <= last + self._gap:
@@ -120,16 +125,14 @@ class Clock:
             self._last = last
         return raw if raw is not None and raw > last else last + step
 
-    def is_sound(self, ticks: Iterable[int], until: int) -> bool:
-        """Whether timestamps up to `until` rise as they should: `read` would have to mend none of them."""
-        last = None
-        for tick in ticks:
-            if last is not None and not last < tick <= last + self._gap:
-                return False
-            last = tick
-            if last > until:
-                break
-        return True
+    def is_sound(self, ticks: Iterable[int]) -> bool:
+        """Whether these timestamps rise as they should: `read` would have to mend none of them."""
+        return all(last < tick <= last + self._gap for last, tick in pairwise(ticks))
+
+    @property
+    def last_tick(self) -> int | None:
+        """Timestamp of the last frame, mended; None before the first and after `rewind`."""
+        return self._last
 
     def rewind(self) -> None:
         """Forget the last frame, keep the origin: decoding goes on elsewhere."""
@@ -140,8 +143,12 @@ class Clock:
         """End of the last frame: its duration, else the spacing before it, else one frame at the rate."""
         if self._last is None or self.origin is None:
             return 0.0
-        duration = self._last_duration or self._last_step or self._default_step
-        return float((self._last + duration - self.origin) * self._time_base)
+        return self._seconds(self._last + (self._last_duration or self._last_step or self._default_step))
+
+    @property
+    def end_is_guessed(self) -> bool:
+        """Whether `end_seconds` rests on the rate alone: with the frames before it, it could be another."""
+        return not (self._last_duration or self._last_step)
 
 
 class Strip(Generic[Frame]):
@@ -162,8 +169,12 @@ class Strip(Generic[Frame]):
         self._times.append(seconds)
         self._held = frame
 
+    def leave_gap(self) -> None:
+        """Frames after the last one are skipped: how long it stays on screen is not known."""
+        self._held = None
+
     def finish(self) -> None:
-        if self._held is not None:
+        if self._held is not None and self._wanted(self._times[-1], math.inf):
             self._keep()
 
     def _keep(self) -> None:

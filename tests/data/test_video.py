@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -214,6 +215,108 @@ def test_memory_holds_the_windows_in_flight_only(monkeypatch: pytest.MonkeyPatch
     )
     assert len(clips) == 20
     assert most <= 16 + 2  # one window and a half
+
+
+# --------------------------------------------------------------------------------------------------- seeking
+
+
+def without_skipping(data: bytes, **options: object) -> Clip:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video._Reader, "_may_skip", lambda *_: False)
+        return decode_clip(data, transform=SMALL, **options)  # type: ignore[arg-type]
+
+
+@given(
+    gaps=st.lists(st.integers(1, 2000), min_size=12, max_size=40),
+    last=st.integers(1, 500),
+    num_frames=st.integers(1, 4),
+    gop=st.sampled_from([1, 3, 7]),
+    container=st.sampled_from(["mp4", "matroska", "mpegts"]),
+    start=st.sampled_from([0.0, 2.5]),
+    end=st.sampled_from([None, 7.0, 99.0]),
+    seed=st.one_of(st.none(), st.integers(0, 99)),
+)
+@settings(max_examples=40, deadline=None)
+def test_skipping_groups_of_pictures_changes_nothing(
+    gaps: list[int],
+    last: int,
+    num_frames: int,
+    gop: int,
+    container: str,
+    start: float,
+    end: float | None,
+    seed: int | None,
+) -> None:
+    """Any variable frame rate and span, decoded whole and by seeking to what is wanted."""
+    data = mux(
+        [int(t) for t in np.cumsum([0, 2600, *gaps])], gop=gop, container=container, last_duration=last
+    )
+    options = {"num_frames": num_frames, "start_seconds": start, "end_seconds": end}
+    clips = [
+        decode(data, **options, rng=None if seed is None else np.random.default_rng(seed))
+        for decode in (partial(decode_clip, transform=SMALL), without_skipping)
+    ]
+    assert same(*clips)
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+def test_few_frames_of_a_long_file_cost_their_groups_of_pictures(
+    container: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = np.zeros((460, 32, 32, 3), np.uint8)
+    data = mux([100 * i for i in range(460)], frames=frames, gop=10, container=container)
+    whole = without_skipping(data, num_frames=3)
+    decoded = 0
+    real = video._Reader._decode
+
+    def counting(reader: video._Reader) -> Iterator[av.VideoFrame]:
+        nonlocal decoded
+        for frame in real(reader):
+            decoded += 1
+            yield frame
+
+    monkeypatch.setattr(video._Reader, "_decode", counting)
+    assert same(whole, decode_clip(data, num_frames=3, transform=SMALL))
+    assert decoded <= 4 * (10 + 2) + 2
+
+
+def test_a_seek_that_fails_costs_a_pass_but_changes_nothing(
+    opened: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = mux([100 * i for i in range(60)], gop=5)
+    whole = without_skipping(data, num_frames=2)
+    before = opened()
+    monkeypatch.setattr(video._Reader, "_land", lambda *_: None)
+    assert same(whole, decode_clip(data, num_frames=2, transform=SMALL))
+    assert opened() == before + 2
+
+
+def test_a_claim_that_is_wrong_after_seeking_is_repaired() -> None:
+    """The index of a truncated file promises groups of pictures that are not there."""
+    noise = np.random.default_rng(0).integers(0, 255, (80, 64, 64, 3), np.uint8)
+    data = mux([100 * i for i in range(80)], frames=noise, gop=5, container="matroska")
+    data = data[: len(data) // 2]
+    clip = decode_clip(data, num_frames=3, transform=SMALL)
+    assert same(clip, without_skipping(data, num_frames=3))
+    assert 2 < clip.end_seconds < 6
+
+
+def test_a_video_without_a_promise_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As browsers record: no duration anywhere. Its packets say where it ends before any is decoded."""
+    data = mux([40 * i for i in range(50)], container="matroska").replace(b"DURATION", b"DURATIOX")
+    monkeypatch.setattr(video._Reader, "_promise", lambda *_: (None, False))
+    passes = 0
+    real = video._play
+
+    def counting(*arguments: object) -> float:
+        nonlocal passes
+        passes += 1
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(video, "_play", counting)
+    clip = decode_clip(data, num_frames=5, transform=SMALL)
+    assert numbers(clip) == [5, 15, 25, 35, 45]
+    assert passes == 1
 
 
 # ------------------------------------------------------------------------------------------ ends and clocks
@@ -496,7 +599,7 @@ def test_colours_follow_the_frame_s_own_tags(full_range: bool, matrix: int, kr: 
     y, u, v = (120 - shift) / luma, (90 - 128) / chroma, (170 - 128) / chroma
     red, blue = y + 2 * (1 - kr) * v, y + 2 * (1 - kb) * u
     green = (y - kr * red - kb * blue) / (1 - kr - kb)
-    pixel = video._Scaler(FrameTransform(8, 8))(frame)[4, 4]
+    pixel = video._Scaler(FrameTransform(8, 8))(frame)[:, 4, 4]
     np.testing.assert_allclose(pixel, np.array([red, green, blue]) * 255, atol=1)
 
 
