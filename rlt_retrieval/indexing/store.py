@@ -56,7 +56,7 @@ class ClipStore:
         self._writing = False
         self._vectors: VectorIndex | None = None
         self._vectors_tag = b""  # the state of the records that `_vectors` shows
-        self._video_ids_N = np.empty(0, dtype=np.int64)
+        self._video_ids_N: np.ndarray | None = None  # of that state; read when first needed
 
     @classmethod
     def create(
@@ -226,7 +226,7 @@ class ClipStore:
             raise ValueError(f"k must be at least 1, got {k}")
         with self._records.snapshot():
             vectors, is_new = self._refresh()
-            found = vectors.search(queries_QD, k, self._video_ids_N if per_video else None)
+            found = vectors.search(queries_QD, k, self._videos_of_clips() if per_video else None)
             rows = self._records.clips_by_id({clip_id for hits in found for _, clip_id in hits})
         if is_new and not self._writing:
             self._save_for_other_readers()
@@ -246,19 +246,30 @@ class ClipStore:
         tag = self._records.tag()
         if self._vectors is not None and self._vectors_tag == tag:
             return self._vectors, False
-        ids_N, self._video_ids_N = self._records.clip_ids()
-        vectors, self._vectors = self._vectors, None  # an interrupted refresh must leave nothing half-filled
-        if vectors is not None and np.array_equal(vectors.ids_N, ids_N[: len(vectors)]):
+        # An interrupted refresh must leave nothing half-filled.
+        vectors, self._vectors, self._video_ids_N = self._vectors, None, None
+        if vectors is not None and self._are_still_there(vectors.ids_N):
             vectors.append(self._records.embeddings(after_clip_id=int(vectors.ids_N.max(initial=0))))
         else:
             vectors = None  # its memory is free before the new one is made
-            vectors = self._load_or_rebuild(tag, ids_N)
+            vectors = self._load_or_rebuild(tag)
         self._vectors, self._vectors_tag = vectors, tag
         return vectors, True
 
-    def _load_or_rebuild(self, tag: bytes, ids_N: np.ndarray) -> VectorIndex:
+    def _are_still_there(self, ids_N: np.ndarray) -> bool:
+        present_ids_N, self._video_ids_N = self._records.clip_ids()
+        return np.array_equal(ids_N, present_ids_N[: len(ids_N)])
+
+    def _videos_of_clips(self) -> np.ndarray:
+        """int64 [N], by ascending clip id."""
+        if self._video_ids_N is None:
+            _, self._video_ids_N = self._records.clip_ids()
+        return self._video_ids_N
+
+    def _load_or_rebuild(self, tag: bytes) -> VectorIndex:
         placement: dict[str, Any] = {"device": self._device, "float16": self._float16}
-        loaded = VectorIndex.load(self.path / VECTORS, tag, ids_N, **placement)
+        num_clips = self._records.num_clips()
+        loaded = VectorIndex.load(self.path / VECTORS, tag, num_clips, **placement)
         if loaded is not None:
             return loaded
         if saved_tag(self.path / VECTORS) == tag:

@@ -4,8 +4,9 @@ Shapes: N clips, D embedding dimensions, Q queries.
 
 `vectors.faiss` is derived from the records and says from which state of them. It is FAISS's own format (an
 `IndexIDMap` over an `IndexFlatIP`, which `faiss.read_index` reads), then a trailer, which `read_index` does
-not reach: the records' tag, the payload's length and its CRC-32. So one rename puts vectors and tag in place
-together; the checksum is verified before FAISS parses anything.
+not reach: the records' tag, the payload's length, the largest norm (so that opening need not look at every
+vector) and the CRC-32 of all before it. So one rename puts vectors and tag in place together; the checksum is
+verified before FAISS parses anything.
 """
 
 import logging
@@ -14,6 +15,7 @@ import struct
 import uuid
 import zlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,8 +31,9 @@ MAX_GPU_CANDIDATES = 2048  # FAISS's k-selection on a GPU goes no further
 GPU_UNIT_ERROR = 2.0**-9  # both vectors rounded to 11 bits (float16, TF32), doubled
 SCORES_PER_STEP = 1 << 22
 
-_TRAILER = struct.Struct("<8s16sQI")  # magic, tag, payload bytes, CRC-32 of the payload
-_MAGIC = b"RLTVEC01"
+_FACTS = struct.Struct("<8s16sQd")  # magic, tag, payload bytes, largest norm
+_CHECKSUM = struct.Struct("<I")  # CRC-32 of the payload and the facts
+_MAGIC = b"RLTVEC02"
 
 Chunks = Iterable[tuple[np.ndarray, np.ndarray]]  # (int64 ids_N ascending, float32 vectors_ND)
 
@@ -53,14 +56,16 @@ class VectorIndex:
     products of the float32 vectors in float64: it depends on neither device nor batch, and equal vectors tie.
     """
 
-    def __init__(self, id_map: Any, *, device: str = "cpu", float16: bool = False) -> None:
+    def __init__(
+        self, id_map: Any, largest_norm: float, *, device: str = "cpu", float16: bool = False
+    ) -> None:
         """`id_map`: an `IndexIDMap` over an `IndexFlatIP`, ids ascending; use `build` or `load`."""
         self._faiss = require_faiss()
         self._id_map = id_map
         self._flat = self._faiss.downcast_index(id_map.index)
         self._device, self._float16 = device, float16
-        self._largest_norm = 0.0
-        self._update(first_new=0)
+        self._largest_norm = largest_norm
+        self._update()
 
     @classmethod
     def build(
@@ -68,33 +73,31 @@ class VectorIndex:
     ) -> "VectorIndex":
         faiss = require_faiss()
         id_map = faiss.IndexIDMap(faiss.IndexFlatIP(dimension))
-        for ids_N, vectors_ND in chunks:
-            id_map.add_with_ids(vectors_ND, ids_N)
-        return cls(id_map, device=device, float16=float16)
+        return cls(id_map, _add(id_map, chunks), device=device, float16=float16)
 
     @classmethod
     def load(
-        cls, path: Path, tag: bytes, ids_N: np.ndarray, *, device: str = "cpu", float16: bool = False
+        cls, path: Path, tag: bytes, num_clips: int, *, device: str = "cpu", float16: bool = False
     ) -> "VectorIndex | None":
-        """The saved index, or None if `path` is missing, torn, or not that of `tag` with exactly `ids_N`."""
+        """The saved index, or None if `path` is missing, torn, or not that of `tag` with `num_clips` clips."""
         faiss = require_faiss()
         try:
             with open(path, "rb") as file:
-                if read_tag(file) != tag or not _payload_is_whole(file):
+                trailer = _read_trailer(file)
+                if trailer is None or trailer.tag != tag or not _is_whole(file, trailer):
                     return None
                 file.seek(0)
                 id_map = faiss.read_index(faiss.PyCallbackIOReader(file.read, IO_BYTES))
         except (OSError, RuntimeError):  # the second is FAISS's own, e.g. for a format of another release
             return None
-        loaded = cls(id_map, device=device, float16=float16)
-        return loaded if np.array_equal(loaded.ids_N, ids_N) else None
+        if id_map.ntotal != num_clips:
+            return None
+        return cls(id_map, trailer.largest_norm, device=device, float16=float16)
 
     def append(self, chunks: Chunks) -> None:
         """Add clips whose ids are larger than all that are there."""
-        first_new = len(self)
-        for ids_N, vectors_ND in chunks:
-            self._id_map.add_with_ids(vectors_ND, ids_N)
-        self._update(first_new)
+        self._largest_norm = max(self._largest_norm, _add(self._id_map, chunks))
+        self._update()
 
     def save(self, path: Path, tag: bytes) -> None:
         """Replace `path` in one rename. Raises IndexStoreError (disk full, …) and leaves it as it was."""
@@ -140,15 +143,12 @@ class VectorIndex:
     def __len__(self) -> int:
         return self._id_map.ntotal
 
-    def _update(self, first_new: int) -> None:
+    def _update(self) -> None:
         """Views into FAISS's own memory, which an add may have moved; and a new copy on the GPU."""
         faiss, size = self._faiss, len(self)
         self.ids_N: np.ndarray = faiss.vector_to_array(self._id_map.id_map)
         values = faiss.rev_swig_ptr(self._flat.get_xb(), size * self._flat.d) if size else np.empty(0, "f4")
         self._vectors_ND = values.reshape(size, self._flat.d)
-        new_ND = self._vectors_ND[first_new:]
-        norms_N = np.sqrt(np.einsum("nd,nd->n", new_ND, new_ND, dtype=np.float64))
-        self._largest_norm = max(self._largest_norm, norms_N.max(initial=0.0))
         self._gpu, self._gpu_resources = _gpu_copy(faiss, self._flat, self._device, self._float16)
 
     def _candidates(self, queries_QD: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -187,44 +187,59 @@ class VectorIndex:
             return file.write(chunk)
 
         self._faiss.write_index(self._id_map, self._faiss.PyCallbackIOWriter(write, IO_BYTES))
-        file.write(_TRAILER.pack(_MAGIC, tag, file.tell(), checksum))
+        write(_FACTS.pack(_MAGIC, tag, file.tell(), self._largest_norm))
+        file.write(_CHECKSUM.pack(checksum))
+
+
+@dataclass(frozen=True)
+class _Trailer:
+    tag: bytes
+    payload_bytes: int
+    largest_norm: float
+    checksum: int
 
 
 def saved_tag(path: Path) -> bytes | None:
     """The tag `path` was saved with, without reading the rest; None when it is missing or torn."""
     try:
         with open(path, "rb") as file:
-            return read_tag(file)
+            trailer = _read_trailer(file)
     except OSError:
         return None
+    return trailer.tag if trailer else None
 
 
-def read_tag(file: BinaryIO) -> bytes | None:
-    trailer = _read_trailer(file)
-    return trailer[0] if trailer else None
-
-
-def _read_trailer(file: BinaryIO) -> tuple[bytes, int, int] | None:
-    """(tag, payload bytes, CRC-32), or None when the file does not end in a trailer that fits its length."""
-    payload_bytes = os.fstat(file.fileno()).st_size - _TRAILER.size
+def _read_trailer(file: BinaryIO) -> _Trailer | None:
+    """None when the file does not end in a trailer that fits its length."""
+    payload_bytes = os.fstat(file.fileno()).st_size - _FACTS.size - _CHECKSUM.size
     if payload_bytes < 0:
         return None
     file.seek(payload_bytes)
-    magic, tag, expected_bytes, checksum = _TRAILER.unpack(file.read(_TRAILER.size))
-    return (tag, payload_bytes, checksum) if (magic, expected_bytes) == (_MAGIC, payload_bytes) else None
+    magic, tag, expected_bytes, largest_norm = _FACTS.unpack(file.read(_FACTS.size))
+    (checksum,) = _CHECKSUM.unpack(file.read(_CHECKSUM.size))
+    if (magic, expected_bytes) != (_MAGIC, payload_bytes):
+        return None
+    return _Trailer(tag, payload_bytes, largest_norm, checksum)
 
 
-def _payload_is_whole(file: BinaryIO) -> bool:
-    trailer = _read_trailer(file)
-    if trailer is None:
-        return False
-    _, remaining, expected = trailer
+def _is_whole(file: BinaryIO, trailer: _Trailer) -> bool:
     file.seek(0)
-    checksum = 0
-    while remaining and (chunk := file.read(min(IO_BYTES, remaining))):
-        checksum = zlib.crc32(chunk, checksum)
-        remaining -= len(chunk)
-    return remaining == 0 and checksum == expected
+    remaining, checksum = trailer.payload_bytes + _FACTS.size, 0
+    buffer = memoryview(bytearray(IO_BYTES))
+    while remaining and (size := file.readinto(buffer[:remaining])):  # type: ignore[attr-defined]
+        checksum = zlib.crc32(buffer[:size], checksum)
+        remaining -= size
+    return remaining == 0 and checksum == trailer.checksum
+
+
+def _add(id_map: Any, chunks: Chunks) -> float:
+    """Add clips; the largest norm among them."""
+    largest_norm = 0.0
+    for ids_N, vectors_ND in chunks:
+        id_map.add_with_ids(vectors_ND, ids_N)
+        norms_N = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
+        largest_norm = max(largest_norm, float(norms_N.max(initial=0.0)))
+    return largest_norm
 
 
 def _exact_scores(vectors_ND: np.ndarray, positions_K: np.ndarray, query_D: np.ndarray) -> np.ndarray:

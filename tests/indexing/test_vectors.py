@@ -103,7 +103,7 @@ def test_saved_file_is_read_by_us_and_by_plain_faiss(tmp_path: Path, rng: np.ran
     index = build(vectors_ND)
     index.save(path, TAG)
     assert saved_tag(path) == TAG
-    loaded = VectorIndex.load(path, TAG, ids_of(200))
+    loaded = VectorIndex.load(path, TAG, 200)
     assert loaded is not None
     assert loaded.search(vectors_ND[:3], 9) == index.search(vectors_ND[:3], 9)
     plain_ids_QK = faiss.read_index(str(path)).search(vectors_ND[:3], 9)[1]
@@ -116,19 +116,19 @@ def test_saved_file_is_read_by_us_and_by_plain_faiss(tmp_path: Path, rng: np.ran
 def test_only_a_whole_file_of_this_very_state_is_loaded(tmp_path: Path, rng: np.random.Generator) -> None:
     path = tmp_path / "vectors.faiss"
     assert saved_tag(path) is None
-    assert VectorIndex.load(path, TAG, ids_of(20)) is None
+    assert VectorIndex.load(path, TAG, 20) is None
     build(rng.standard_normal((20, 8), dtype=np.float32)).save(path, TAG)
     whole = path.read_bytes()
-    assert VectorIndex.load(path, TAG[::-1], ids_of(20)) is None
-    assert VectorIndex.load(path, TAG, ids_of(21)) is None
+    assert VectorIndex.load(path, TAG[::-1], 20) is None
+    assert VectorIndex.load(path, TAG, 21) is None
     for cut in [0, 1, 30, len(whole) // 2, len(whole) - 40, len(whole) - 1]:
         path.write_bytes(whole[:cut])
-        assert VectorIndex.load(path, TAG, ids_of(20)) is None, cut
+        assert VectorIndex.load(path, TAG, 20) is None, cut
     for flipped in [*rng.integers(0, len(whole), 60), len(whole) - 1]:
         path.write_bytes(whole[:flipped] + bytes([whole[flipped] ^ 0x10]) + whole[flipped + 1 :])
-        assert VectorIndex.load(path, TAG, ids_of(20)) is None, flipped
+        assert VectorIndex.load(path, TAG, 20) is None, flipped
     path.write_bytes(whole)
-    assert VectorIndex.load(path, TAG, ids_of(20)) is not None
+    assert VectorIndex.load(path, TAG, 20) is not None
 
 
 def test_a_format_that_this_faiss_cannot_read_is_rebuilt(
@@ -138,7 +138,7 @@ def test_a_format_that_this_faiss_cannot_read_is_rebuilt(
     monkeypatch.setattr(faiss, "write_index", lambda index, writer: None)
     build(rng.standard_normal((20, 8), dtype=np.float32)).save(path, TAG)  # a valid trailer behind no payload
     assert saved_tag(path) == TAG
-    assert VectorIndex.load(path, TAG, ids_of(20)) is None
+    assert VectorIndex.load(path, TAG, 20) is None
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(
@@ -213,6 +213,19 @@ def test_a_gpu_gives_the_cpus_results(
     assert half_ids_QK.tolist() != [[clip_id for _, clip_id in hits] for hits in expected], (
         "nothing was tested"
     )
+
+
+def test_a_loaded_index_still_bounds_the_rounding(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without the largest norm, which the file brings, half precision would decide the order."""
+    vectors_ND, queries_QD = 50 * unit_rows(rng, 4000, 16), unit_rows(rng, 5, 16)
+    index = build(vectors_ND)
+    index.save(tmp_path / "vectors.faiss", TAG)
+    StandInGpu(monkeypatch)
+    loaded = VectorIndex.load(tmp_path / "vectors.faiss", TAG, 4000, device="cuda", float16=True)
+    assert loaded is not None
+    assert loaded.search(queries_QD, 10) == index.search(queries_QD, 10)
 
 
 def test_a_gpu_is_not_asked_for_more_than_it_can_give(
