@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,20 +36,29 @@ from rlt_retrieval.model import VideoTextModel
 
 logger = logging.getLogger(__name__)
 Label = TypeVar("Label")
+Element = TypeVar("Element")
+Result = TypeVar("Result")
 TEXT_BATCH = 256
 PREFETCHED_CLIPS = 16
+LANES = 4  # batches that a CPU encodes at once, at most: each holds its own activations
+CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET = 2048, 16384  # larger batches are slower on a CPU
 # Any aspect whole on one small picture, with bars where it is not 16:9.
 THUMBNAIL = FrameTransform(90, 160, resize_mode="longest")
 
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How clips are decoded and batched for inference."""
+    """How clips are decoded and batched for inference.
+
+    token_budget: rows of a batch; None: CPU_TOKEN_BUDGET or GPU_TOKEN_BUDGET. num_threads: that encode on a CPU;
+    None: as many as torch has (OMP_NUM_THREADS, else one a core).
+    """
 
     num_workers: int = default_num_workers()
     decode_timeout_seconds: float = 60.0
     max_bad_fraction: float = 0.1
-    token_budget: int = 16384
+    token_budget: int | None = None
+    num_threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,17 +102,50 @@ def model_sampling(model: VideoTextModel) -> Sampling:
 
 
 def embed_clips(
-    model: VideoTextModel, clips: Iterable[tuple[Label, VideoTokens]], token_budget: int
+    model: VideoTextModel, clips: Iterable[tuple[Label, VideoTokens]], options: LoaderOptions
 ) -> Iterator[list[tuple[Label, np.ndarray]]]:
     """Embed a stream of labelled clips in batches of at most `token_budget` computed tokens; order is kept.
+
+    A CPU encodes up to LANES batches at once, each with its share of the threads. Threads that work on one batch meet
+    at every operator, and wait there for the one whose core a decoder has taken; lanes wait for nobody.
 
     Yields:
         One batch at a time: (label, float32 [D] of unit norm) for each of its clips.
     """
-    for batch in batches_by_budget(clips, lambda labelled: model.video.num_rows(labelled[1]), token_budget):
+    on_cpu = model.device.type == "cpu"
+    token_budget = options.token_budget or (CPU_TOKEN_BUDGET if on_cpu else GPU_TOKEN_BUDGET)
+    num_threads = options.num_threads or torch.get_num_threads()
+    num_lanes = min(num_threads, LANES)
+
+    def embed(batch: list[tuple[Label, VideoTokens]]) -> list[tuple[Label, np.ndarray]]:
         with torch.inference_mode():
             z_BD = model.encode_tokens(pack([tokens for _, tokens in batch])).float().cpu().numpy()
-        yield [(label, z_D) for (label, _), z_D in zip(batch, z_BD, strict=True)]
+        return [(label, z_D) for (label, _), z_D in zip(batch, z_BD, strict=True)]
+
+    batches = batches_by_budget(clips, lambda labelled: model.video.num_rows(labelled[1]), token_budget)
+    if not on_cpu:
+        yield from map(embed, batches)
+        return
+    # Set in the lanes themselves: the number of threads belongs to the thread that asks for it.
+    with ThreadPoolExecutor(num_lanes, "encode", torch.set_num_threads, (num_threads // num_lanes,)) as pool:
+        yield from _in_order(pool, embed, batches, num_lanes)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, function: Callable[[Element], Result], elements: Iterable[Element], ahead: int
+) -> Iterator[Result]:
+    """`function` of every element, computed up to `ahead` before the one that is waited for."""
+    due: deque[Future[Result]] = deque()
+    try:
+        for element in elements:
+            due.append(pool.submit(function, element))
+            if len(due) > ahead:
+                yield due.popleft().result()
+        while due:
+            yield due.popleft().result()
+    finally:
+        for future in due:
+            future.cancel()
 
 
 def embed_texts(model: VideoTextModel, texts: Sequence[str]) -> np.ndarray:
@@ -149,7 +193,7 @@ def embed_shards(
         WorkerPool(options.num_workers, options.decode_timeout_seconds) as pool,
         closing(labelled(pool)) as clips,
     ):
-        batches = embed_clips(model, clips, options.token_budget)
+        batches = embed_clips(model, clips, options)
         embedded = [pair for batch in batches for pair in batch]
     z_ND = np.array([z for _, z in embedded], np.float32).reshape(len(embedded), model.dimension)
     kept_all = np.array(counts, np.int64).reshape(-1, 2)
@@ -205,7 +249,6 @@ def evaluate_shards(
     shards = expand_shards(sources)
     dataset = _dataset(shards, protocol)
     failures = FailureLog(None, options.max_bad_fraction)
-    share_cores(options.num_workers, model.device)
     embedded = embed_shards(model, shards, options, failures=failures, on_progress=on_progress)
     if not embedded.keys:
         reasons = "; ".join(f"{bad.key}: {bad.reason}" for bad in failures.failures[:1]) or "it is empty"

@@ -29,7 +29,6 @@ from rlt_retrieval.embed import (
     embed_clips,
     embed_texts,
     model_sampling,
-    share_cores,
 )
 from rlt_retrieval.encoders.packing import VideoTokens
 from rlt_retrieval.errors import ConfigError, IndexMismatchError, ShardError
@@ -301,13 +300,12 @@ class _Adder:
         self._clips = 0
 
     def run(self) -> AddReport:
-        share_cores(self._options.num_workers, self._model.device)
         self._watcher.on_progress(0, len(self._todo))
         with (
             WorkerPool(self._options.num_workers, self._options.decode_timeout_seconds) as pool,
             closing(self._decoded(pool)) as clips,
         ):
-            for batch in embed_clips(self._model, clips, self._options.token_budget):
+            for batch in embed_clips(self._model, clips, self._options):
                 self._commit(batch)
                 self._finish_ended()
         self._finish_ended()

@@ -21,11 +21,14 @@ from typing import Any
 
 import click
 import pytest
+import torch
 from cli_runs import Ran, runner
 from signals import default_ctrl_c
 
 from rlt_retrieval.cli import cli
+from rlt_retrieval.encoders.packing import PackedTokens
 from rlt_retrieval.indexing.store import ClipStore
+from rlt_retrieval.model import VideoTextModel
 
 TinyVideo = Callable[..., Path]
 TinyShards = Callable[..., list[Path]]
@@ -174,6 +177,22 @@ def test_build_info_and_search(
     }
     lines = run("search", tmp_path / "my.index", "a dog", "-k", "2", "--per-video").out.splitlines()
     assert [line.split()[-1] for line in lines] == [hit["video"] for hit in hits[:2]]
+
+
+def test_the_threads_of_the_encoder_are_those_asked_for(
+    build: Callable[..., Ran], videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    encode = VideoTextModel.encode_tokens
+
+    def noted(self: VideoTextModel, packed: PackedTokens) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return encode(self, packed)
+
+    monkeypatch.setattr(VideoTextModel, "encode_tokens", noted)
+    monkeypatch.setattr("rlt_retrieval.embed.LANES", 1)
+    assert build(videos, "--threads", "3").code == 0
+    assert set(seen) == {3}
 
 
 def test_problems_are_named_on_stderr_and_make_exit_code_3_every_time(

@@ -1,5 +1,6 @@
 """The inference loop: batching must not show in the embeddings, and every sample comes out once and in order."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from rlt_retrieval.embed import (
     score,
     share_cores,
 )
-from rlt_retrieval.encoders.packing import VideoTokens
+from rlt_retrieval.encoders.packing import PackedTokens, VideoTokens
 from rlt_retrieval.errors import ShardError
 from rlt_retrieval.model import VideoTextModel
 
@@ -49,24 +50,30 @@ def clips_of(model: VideoTextModel, numbers: list[int]) -> list[VideoTokens]:
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(numbers=st.lists(st.integers(0, 3), min_size=1, max_size=8), token_budget=st.integers(1, 300))
+@given(
+    numbers=st.lists(st.integers(0, 3), min_size=1, max_size=8),
+    token_budget=st.integers(1, 300),
+    num_threads=st.integers(1, 5),
+)
 def test_batches_keep_the_budget_the_order_and_the_embeddings(
-    tiny_model: VideoTextModel, numbers: list[int], token_budget: int
+    tiny_model: VideoTextModel, numbers: list[int], token_budget: int, num_threads: int
 ) -> None:
+    options = LoaderOptions(token_budget=token_budget, num_threads=num_threads)
     clips = clips_of(tiny_model, numbers)
-    batches = list(embed_clips(tiny_model, enumerate(clips), token_budget))
+    batches = list(embed_clips(tiny_model, enumerate(clips), options))
     for batch in batches:
         assert len(batch) == 1 or sum(len(clips[label]) for label, _ in batch) <= token_budget
     embedded = [pair for batch in batches for pair in batch]
     assert [label for label, _ in embedded] == list(range(len(clips)))
     for label, z_D in embedded:
-        ((_, alone_D),) = next(embed_clips(tiny_model, [(label, clips[label])], 1))
+        ((_, alone_D),) = next(embed_clips(tiny_model, [(label, clips[label])], HERE))
         assert z_D.dtype == np.float32
         np.testing.assert_allclose(z_D, alone_D, atol=1e-5)
         assert np.linalg.norm(z_D) == pytest.approx(1, abs=1e-5)
 
 
-def test_clips_are_embedded_as_they_come(tiny_model: VideoTextModel) -> None:
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_clips_are_embedded_as_they_come(tiny_model: VideoTextModel, lanes: int) -> None:
     """An index commits batch by batch: the loop must not wait for the end of the stream."""
     read = []
 
@@ -75,8 +82,38 @@ def test_clips_are_embedded_as_they_come(tiny_model: VideoTextModel) -> None:
             read.append(label)
             yield label, tokens
 
-    next(embed_clips(tiny_model, clips(), token_budget=64))
-    assert read == [0, 1]
+    batches = embed_clips(tiny_model, clips(), LoaderOptions(token_budget=64, num_threads=lanes))
+    next(batches)
+    assert (
+        len(read) == 1 + lanes + 1
+    )  # the batch that came, those in the lanes, the clip that closed the last one
+    batches.close()
+
+
+def test_lanes_leave_the_number_of_threads_alone_and_share_theirs(
+    tiny_model: VideoTextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    encode = VideoTextModel.encode_tokens
+
+    def noted(self: VideoTextModel, packed: PackedTokens) -> torch.Tensor:
+        seen.add((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
+        return encode(self, packed)
+
+    monkeypatch.setattr(VideoTextModel, "encode_tokens", noted)
+    monkeypatch.setattr("rlt_retrieval.embed.LANES", 2)
+    before = torch.get_num_threads()
+    clips = enumerate(clips_of(tiny_model, [0, 0, 0]))
+    assert len(list(embed_clips(tiny_model, clips, LoaderOptions(token_budget=1, num_threads=5)))) == 3
+    assert seen == {(False, 2)}
+    assert torch.get_num_threads() == before
+
+
+def test_an_error_in_a_lane_is_raised_where_the_clips_are_wanted(tiny_model: VideoTextModel) -> None:
+    wrong = clips_of(tiny_model, [0])[0]
+    wrong = VideoTokens(wrong.patches, wrong.positions, wrong.run_lengths, (4, 5, 5))
+    with pytest.raises(ValueError, match="a grid of 5x5 patches"):
+        list(embed_clips(tiny_model, [("wrong", wrong)], HERE))
 
 
 def test_equal_texts_are_encoded_once_and_all_come_back(

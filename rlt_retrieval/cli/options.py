@@ -19,6 +19,11 @@ model_path_option = click.option(
     "--model", "model_path", help="A trained model: a run folder, or its model folder."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="Threads that encode on a CPU. [default: OMP_NUM_THREADS, or all cores]",
+)
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 
 
@@ -91,12 +96,17 @@ def load_model(model_path: str, overrides: Sequence[str], device: str) -> VideoT
 
 
 def to_loader_options(
-    workers: int | None, decode_timeout_seconds: float, max_bad_fraction: float = 0.1
+    workers: int | None,
+    decode_timeout_seconds: float,
+    max_bad_fraction: float = 0.1,
+    threads: int | None = None,
 ) -> LoaderOptions:
-    """What `loader_options` asked for."""
+    """What `loader_options` and `threads_option` asked for."""
     from rlt_retrieval.embed import LoaderOptions
 
-    return LoaderOptions(to_num_workers(workers), decode_timeout_seconds, max_bad_fraction)
+    return LoaderOptions(
+        to_num_workers(workers), decode_timeout_seconds, max_bad_fraction, num_threads=threads
+    )
 
 
 def to_num_workers(workers: int | None) -> int:

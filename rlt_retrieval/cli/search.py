@@ -16,6 +16,7 @@ from rlt_retrieval.cli.options import (
     loader_options,
     model_maker,
     model_options,
+    threads_option,
     to_loader_options,
 )
 from rlt_retrieval.console import print_values, progress_bar, say, say_problem
@@ -35,6 +36,7 @@ def index() -> None:
 )
 @click.option("--retry-failed", is_flag=True, help="Try files again that failed before.")
 @loader_options
+@threads_option
 @device_option
 @dry_run_option
 @json_option
@@ -49,6 +51,7 @@ def index_build(
     retry_failed: bool,
     workers: int | None,
     decode_timeout_seconds: float,
+    threads: int | None,
     device: str,
     dry_run: bool,
     as_json: bool,
@@ -72,7 +75,7 @@ def index_build(
             make_model=make_model,
             device=device,
             window_seconds=window_seconds,
-            options=to_loader_options(workers, decode_timeout_seconds),
+            options=to_loader_options(workers, decode_timeout_seconds, threads=threads),
             retry_failed=retry_failed,
             watcher=Watcher(say_problem, on_progress),
         )
