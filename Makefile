@@ -39,8 +39,9 @@ format: install
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# make bench VIDEOS=my_videos/ takes the first 10 s of each of these; otherwise clips made on the spot
 bench: install
-	$(BIN)/python benchmarks/encode.py
+	$(BIN)/python benchmarks/encode.py $(if $(VIDEOS),--videos $(VIDEOS))
 
 clean:
 	rm -rf $(VENV) demo_out
