@@ -370,9 +370,11 @@ class _Adder:
             row = self._store.video(video)
             assert row is not None
             if isinstance(end, VideoSummary):
-                # A resumed pass sees no packet lost before it; the row remembers.
-                before = row.reason if self._todo[number].first_window else None
-                reason = "; ".join(dict.fromkeys(filter(None, (before, end.problem)))) or None
+                # A resumed pass may see no packet lost before it; the row remembers.
+                before, problem = row.reason if self._todo[number].first_window else None, end.problem or ""
+                if before and not problem.startswith(before):
+                    problem = "; ".join(filter(None, (before, problem)))
+                reason = problem or None
                 status: FinalStatus = "partial" if reason else "ok"
                 duration = end.duration_seconds
             else:

@@ -239,6 +239,27 @@ def test_a_resumed_video_remembers_the_packets_lost_before(
     ]
 
 
+def test_a_loss_that_both_passes_see_is_told_once(
+    tmp_path: Path, tiny_model: VideoTextModel, tiny_video: TinyVideo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the last window, whose row names the lost packet, and the end of a torn video."""
+    torn = tiny_video(tmp_path / "videos" / "torn.mp4", 9.0, fps=16, size=64, seed=3)
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    (expected,) = build(tmp_path / "whole.index", torn, tiny_model).problems
+    assert expected.reason is not None
+    assert "lost" in expected.reason
+    assert "decoded" in expected.reason
+
+    def stop(*arguments: Any, **facts: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClipStore, "finish_video", stop)
+        with pytest.raises(Stopped):
+            build(tmp_path / "my.index", torn, tiny_model, options=EVERY_CLIP)
+    assert build(tmp_path / "my.index", torn, tiny_model).problems == [expected]
+
+
 def test_a_video_with_all_windows_committed_but_not_finished_is_finished(
     tmp_path: Path, videos: Path, tiny_model: VideoTextModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
