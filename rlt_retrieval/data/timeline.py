@@ -109,9 +109,10 @@ class Clock:
             tick = self._next(raw, self._last, self._last_duration or self._default_step)
             self._last_step = tick - self._last
         self._last, self._last_duration = tick, duration
-        return self._seconds(tick)
+        return self.seconds_of(tick)
 
-    def _seconds(self, tick: int) -> float:
+    def seconds_of(self, tick: int) -> float:
+        """Seconds from the first frame, after which the clock has an origin."""
         assert self.origin is not None
         return (tick - self.origin) * self._time_base.numerator / self._time_base.denominator
 
@@ -143,7 +144,7 @@ class Clock:
         """End of the last frame: its duration, else the spacing before it, else one frame at the rate."""
         if self._last is None or self.origin is None:
             return 0.0
-        return self._seconds(self._last + (self._last_duration or self._last_step or self._default_step))
+        return self.seconds_of(self._last + (self._last_duration or self._last_step or self._default_step))
 
     @property
     def end_is_guessed(self) -> bool:
@@ -163,7 +164,8 @@ class Strip(Generic[Frame]):
         self._pictures: dict[float, np.ndarray] = {}
         self._held: Frame | None = None
 
-    def push(self, seconds: float, frame: Frame) -> None:
+    def push(self, seconds: float, frame: Frame | None) -> None:
+        """The next frame; None: one that was not decoded because nothing wants it."""
         if self._held is not None and self._wanted(self._times[-1], seconds):
             self._keep()
         self._times.append(seconds)

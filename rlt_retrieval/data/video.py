@@ -16,7 +16,7 @@ Shapes: T frames, C = 3 channels (RGB), H height, W width. Times in seconds, flo
 import bisect
 import io
 import math
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, partial
@@ -40,6 +40,7 @@ from rlt_retrieval.data.geometry import (
     random_box,
     shrunk,
 )
+from rlt_retrieval.data.skipping import Astray, Ledger, Unseen, look_ahead
 from rlt_retrieval.data.timeline import (
     CLAIM_SLACK_SECONDS,
     SAME_INSTANT_SECONDS,
@@ -62,6 +63,9 @@ Source = str | Path | bytes
 BAD_PACKETS_IN_A_ROW = 500  # then decoding gives up; a cut stream may lose a group of pictures
 DEFAULT_FRAME_SECONDS = 0.04  # of a lone frame that says nothing about its duration or rate
 INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # FFmpeg's names; seeking is exact in these
+# FFmpeg's names: a packet gives one frame, and frames that no other refers to can be left out. (Its "mpeg4" gives
+# the frames after those it left out the wrong timestamps.)
+CODECS_THAT_SKIP = ("h264", "hevc")
 WORTH_SEEKING_SECONDS = 1.0  # to skip fewer, decoding on is faster than a seek and what it decodes again
 CUT_TICKS_PER_SECOND = 240_000  # exact for 24, 25, 30, 50, 60, n·1000/1001 frames a second and milliseconds
 
@@ -175,6 +179,7 @@ class _Reader:
         self._source = source
         self.name = "<bytes>" if isinstance(source, bytes) else str(source)
         self.has_sought = False
+        self._wanted: Callable[[int, int], bool] | None = None
         self._open_at(from_seconds)
 
     def _open_at(self, from_seconds: float) -> None:
@@ -201,11 +206,12 @@ class _Reader:
         self._container.close()
         self._file.close()
 
-    def __iter__(self) -> Iterator[tuple[float, av.VideoFrame]]:
+    def __iter__(self) -> Iterator[tuple[float, av.VideoFrame | None]]:
+        """Seconds and frame; None for one that is left out."""
         while (frame := next(self._frames, None)) is not None:
-            yield self._seconds(frame), frame
+            yield self._seconds(frame), None if isinstance(frame, Unseen) else frame
 
-    def _seconds(self, frame: av.VideoFrame) -> float:
+    def _seconds(self, frame: av.VideoFrame | Unseen) -> float:
         return self.clock.read(frame.dts if self._by_dts else frame.pts, frame.duration)
 
     @property
@@ -256,7 +262,7 @@ class _Reader:
         stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
         return stream
 
-    def _start(self) -> Iterator[av.VideoFrame]:
+    def _start(self) -> Iterator[av.VideoFrame | Unseen]:
         """Frames from the beginning; sets the clock's origin and what is promised."""
         stream = self._stream
         frame_seconds = float(1 / self.rate) if self.rate else DEFAULT_FRAME_SECONDS
@@ -302,10 +308,27 @@ class _Reader:
         self._open_at(from_seconds)
         return end_seconds
 
+    def leave_out(self, wanted: Callable[[float, float], bool]) -> None:
+        """From here on, do not decode frames that no other frame needs and that are not `wanted(shown, replaced)`.
+
+        Raises Astray, while iterated, where frames do not come as their packets promise.
+        """
+
+        def wanted_ticks(shown: int, replaced: int) -> bool:
+            return wanted(self.clock.seconds_of(shown), self.clock.seconds_of(replaced))
+
+        if self._stream.codec_context.name in CODECS_THAT_SKIP and self._has_sound_index:
+            self._wanted = wanted_ticks
+
+    @property
+    def skips(self) -> bool:
+        """Whether not every frame was decoded."""
+        return self.has_sought or self._wanted is not None
+
     def skip_to(self, seconds: float) -> bool:
         """Go on at a key frame at or before `seconds` where that skips frames; returns whether it did.
 
-        Raises _Astray where the seek went wrong: frames are lost then.
+        Raises Astray where the seek went wrong: frames are lost then.
         """
         passed = self.clock.last_tick
         assert passed is not None
@@ -314,7 +337,7 @@ class _Reader:
         self.has_sought = True
         landed = self._land(seconds)
         if landed is None:
-            raise _Astray
+            raise Astray
         first = next(landed)
         assert first.pts is not None  # or it would not have landed
         if first.pts > passed:
@@ -340,7 +363,7 @@ class _Reader:
         assert self.clock.origin is not None
         return self.clock.origin + math.floor(seconds / self._stream.time_base)
 
-    def _land(self, from_seconds: float) -> Iterator[av.VideoFrame] | None:
+    def _land(self, from_seconds: float) -> Iterator[av.VideoFrame | Unseen] | None:
         """Frames from a key frame at or before `from_seconds`, or None where seeking cannot be trusted."""
         origin, target = self.clock.origin, self._tick(from_seconds)
         assert origin is not None
@@ -365,9 +388,12 @@ class _Reader:
             entry.timestamp for entry in self._stream.index_entries
         )
 
-    def _decode(self) -> Iterator[av.VideoFrame]:
+    def _decode(self) -> Iterator[av.VideoFrame | Unseen]:
         bad_packets = 0
-        for packet in self._packets():
+        ledger = Ledger()
+        for packet, left_out in look_ahead(self._packets(), lambda: self._wanted):
+            self._stream.codec_context.skip_frame = "NONREF" if left_out else "DEFAULT"
+            ledger.sent(packet, left_out)
             try:
                 frames = packet.decode()
             except av.FFmpegError as error:
@@ -378,7 +404,9 @@ class _Reader:
                 continue
             if frames:
                 bad_packets = 0
-            yield from frames
+            for frame in frames:
+                yield from ledger.placed(frame, strict=self._wanted is not None)
+        yield from ledger.rest(strict=self._wanted is not None)
 
     def _packets(self) -> Iterator[Any]:
         """Packets of the stream, the flushing one included. A container error ends the video there."""
@@ -425,10 +453,6 @@ class _Reader:
         return VideoSummary(decoded, self.promised_seconds, problem)
 
 
-class _Astray(Exception):
-    """Seeking did not lead where the index said."""
-
-
 class _Unnamed:
     """A binary file without its name: the content alone decides what it is, as it does for bytes."""
 
@@ -470,7 +494,7 @@ def decode_clip(
 
     try:
         taken, true_end = _sample(source, scaler, draws, start_seconds, end_seconds, skipping=True)
-    except _Astray:
+    except Astray:
         taken, true_end = _sample(source, scaler, draws, start_seconds, end_seconds)
     if taken is None:  # the header's claim was wrong enough to change the choice of frames
         taken, true_end = _sample(source, scaler, draws, start_seconds, true_end, trust_end=True)
@@ -492,7 +516,7 @@ def _sample(
 
     Pictures are kept for the end that the headers let expect (`trust_end`: for `end_seconds`); None in place
     of them when the true end asks for others. `skipping` seeks past groups of pictures that are not wanted, and
-    raises _Astray whenever that could give another result than decoding everything.
+    raises Astray whenever that could give another result than decoding everything.
     """
     with _Reader(source, start_seconds) as reader:
         if trust_end and end_seconds is not None:
@@ -502,16 +526,19 @@ def _sample(
             claim = reader.last_packet_end(start_seconds) if promised is None else promised
             expected_end = claim if end_seconds is None else min(end_seconds, claim)
         expected = segment_times(start_seconds, max(expected_end, start_seconds), draws)
-        strip = Strip(partial(_scaled, scaler, reader), partial(any_on_screen, expected))
+        wanted = partial(any_on_screen, expected)
+        strip = Strip(partial(_scaled, scaler, reader), wanted)
+        if skipping:
+            reader.leave_out(wanted)
         stops = [*expected, expected_end] if skipping and expected_end > start_seconds else []
         true_end = _play(reader, strip, end_seconds, stops)
-        if reader.has_sought and (reader.lost or reader.clock.end_is_guessed):
-            raise _Astray
+        if reader.skips and (reader.lost or reader.clock.end_is_guessed):
+            raise Astray
         if true_end <= start_seconds:
             raise _starts_too_late(reader, start_seconds)
     taken = strip.take(segment_times(start_seconds, true_end, draws))
-    if taken is None and reader.has_sought:
-        raise _Astray
+    if taken is None and reader.skips:
+        raise Astray
     return taken, true_end
 
 
@@ -570,14 +597,40 @@ def iter_windows(
         raise ValueError(
             f"num_frames {num_frames}, window_seconds {window_seconds}, first_window {first_window}"
         )
+    index = first_window
+    windows = _windows(source, num_frames, transform, window_seconds, index, skipping=True)
+    try:
+        while True:
+            clip = next(windows)
+            index += 1
+            yield clip
+    except StopIteration as end:
+        return end.value
+    except Astray:
+        return (yield from _windows(source, num_frames, transform, window_seconds, index, skipping=False))
+
+
+def _windows(
+    source: Source,
+    num_frames: int,
+    transform: FrameTransform,
+    window_seconds: float,
+    first_window: int,
+    skipping: bool,
+) -> Generator[Clip, None, VideoSummary]:
+    """One pass of `iter_windows`; `skipping` leaves frames out, and raises Astray where that could change a clip."""
     middles = np.full(num_frames, 0.5)
     scaler = _Scaler(transform)
     index = first_window
     with _Reader(source, first_window * window_seconds) as reader:
         wanted = window_plan(reader.promised_seconds, window_seconds, middles)
         strip = Strip(partial(_scaled, scaler, reader), wanted)
+        if skipping:
+            reader.leave_out(wanted)
 
         def clip(start_seconds: float, end_seconds: float) -> Clip:
+            if reader.skips and reader.lost:
+                raise Astray
             taken = strip.take(segment_times(start_seconds, end_seconds, middles))
             strip.forget_before(end_seconds)
             if taken is None:
@@ -593,6 +646,8 @@ def iter_windows(
                 yield clip(index * window_seconds, (index + 1) * window_seconds)
                 index += 1
         strip.finish()
+        if reader.skips and reader.clock.end_is_guessed:
+            raise Astray
         duration_seconds = reader.clock.end_seconds
         for last in range(index, count_windows(duration_seconds, window_seconds)):
             yield clip(*window_span(last, duration_seconds, window_seconds))
@@ -646,6 +701,7 @@ def _span_pictures(
         first, after = ticks(max(shown, start_seconds)), ticks(min(replaced, end_seconds))
         if after <= first:
             continue
+        assert frame is not None  # nothing is left out here
         if scaler is None:
             height, width = display_size(
                 frame.height, frame.width, _quarter_turns(frame), reader.pixel_aspect

@@ -34,14 +34,18 @@ def mux(
     rotation: float = 0,
     aspect: Fraction | None = None,
     gop: int = 250,
+    b_frames: int = 0,
     with_sound_seconds: float = 0.0,
     last_duration: int = 40,
 ) -> bytes:
     """A video with exactly these timestamps, straight through PyAV, not through the code under test."""
     frames = grey_frames(len(pts)) if frames is None else frames
     buffer = io.BytesIO()
+    options = {"crf": "10", "bf": str(b_frames), "g": str(gop)}
+    if b_frames:  # x264 would use none between frames as unlike each other as these
+        options |= {"b_strategy": "0", "sc_threshold": "0", "x265-params": "log-level=none"}
     with av.open(buffer, "w", container) as out:
-        stream = out.add_stream(codec, rate=25, options={"crf": "10", "bf": "0", "g": str(gop)})
+        stream = out.add_stream(codec, rate=25, options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         stream.codec_context.time_base = time_base
         stream.codec_context.flags |= av.codec.context.Flags.frame_duration

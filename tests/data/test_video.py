@@ -223,6 +223,7 @@ def test_memory_holds_the_windows_in_flight_only(monkeypatch: pytest.MonkeyPatch
 def without_skipping(data: bytes, **options: object) -> Clip:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(video._Reader, "_may_skip", lambda *_: False)
+        patch.setattr(video._Reader, "leave_out", lambda *_: None)
         return decode_clip(data, transform=SMALL, **options)  # type: ignore[arg-type]
 
 
@@ -230,26 +231,35 @@ def without_skipping(data: bytes, **options: object) -> Clip:
     gaps=st.lists(st.integers(1, 2000), min_size=12, max_size=40),
     last=st.integers(1, 500),
     num_frames=st.integers(1, 4),
-    gop=st.sampled_from([1, 3, 7]),
+    gop=st.sampled_from([1, 3, 7, 50]),
+    b_frames=st.sampled_from([0, 2, 3]),
+    codec=st.sampled_from(["libx264", "libx264", "mpeg4"]),
     container=st.sampled_from(["mp4", "matroska", "mpegts"]),
     start=st.sampled_from([0.0, 2.5]),
     end=st.sampled_from([None, 7.0, 99.0]),
     seed=st.one_of(st.none(), st.integers(0, 99)),
 )
 @settings(max_examples=40, deadline=None)
-def test_skipping_groups_of_pictures_changes_nothing(
+def test_skipping_changes_nothing(
     gaps: list[int],
     last: int,
     num_frames: int,
     gop: int,
+    b_frames: int,
+    codec: str,
     container: str,
     start: float,
     end: float | None,
     seed: int | None,
 ) -> None:
-    """Any variable frame rate and span, decoded whole and by seeking to what is wanted."""
+    """Any variable frame rate and span, decoded whole, and by seeking to what is wanted and leaving frames out."""
     data = mux(
-        [int(t) for t in np.cumsum([0, 2600, *gaps])], gop=gop, container=container, last_duration=last
+        [int(t) for t in np.cumsum([0, 2600, *gaps])],
+        gop=gop,
+        b_frames=b_frames,
+        codec=codec,
+        container=container,
+        last_duration=last,
     )
     options = {"num_frames": num_frames, "start_seconds": start, "end_seconds": end}
     clips = [
@@ -278,6 +288,55 @@ def test_few_frames_of_a_long_file_cost_their_groups_of_pictures(
     monkeypatch.setattr(video._Reader, "_decode", counting)
     assert same(whole, decode_clip(data, num_frames=3, transform=SMALL))
     assert decoded <= 4 * (10 + 2) + 2
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_frames_that_no_other_needs_are_decoded_only_if_wanted(
+    codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (120, 64, 64, 3), np.uint8)
+    data = mux([100 * i for i in range(120)], frames=noise, codec=codec, b_frames=2)
+    whole = without_skipping(data, num_frames=3)
+    whole_windows = windows_without_skipping(data, window_seconds=5.0)
+    left_out = 0
+
+    def counting(strip: Strip, seconds: float, frame: av.VideoFrame | None) -> None:
+        nonlocal left_out
+        left_out += frame is None
+        push(strip, seconds, frame)
+
+    push = Strip.push
+    monkeypatch.setattr(Strip, "push", counting)
+    assert same(whole, decode_clip(data, num_frames=3, transform=SMALL))
+    assert left_out > 30
+    left_out = 0
+    clips, summary = windows(data, window_seconds=5.0, num_frames=2)
+    assert left_out > 30
+    assert summary == whole_windows[1]
+    assert all(same(*pair) for pair in zip(clips, whole_windows[0], strict=True))
+
+
+def windows_without_skipping(data: bytes, window_seconds: float) -> tuple[list[Clip], VideoSummary]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video._Reader, "leave_out", lambda *_: None)
+        return windows(data, window_seconds=window_seconds, num_frames=2)
+
+
+def test_a_packet_that_breaks_while_frames_are_left_out_changes_nothing() -> None:
+    """Errors are told as if everything were decoded: the windows before them are kept, the rest is done again."""
+    noise = np.random.default_rng(0).integers(0, 255, (120, 64, 64, 3), np.uint8)
+    data = bytearray(
+        mux([100 * i for i in range(120)], frames=noise, b_frames=2, container="matroska", gop=20)
+    )
+    middle = len(data) * 2 // 3
+    data[middle : middle + 3000] = bytes(3000)
+    expected, whole_summary = windows_without_skipping(bytes(data), window_seconds=2.0)
+    clips, summary = windows(bytes(data), window_seconds=2.0, num_frames=2)
+    assert summary.duration_seconds == whole_summary.duration_seconds
+    assert all(same(*pair) for pair in zip(clips, expected, strict=True))
+    assert same(
+        *(f(bytes(data), num_frames=4) for f in (partial(decode_clip, transform=SMALL), without_skipping))
+    )
 
 
 def test_a_seek_that_fails_costs_a_pass_but_changes_nothing(
