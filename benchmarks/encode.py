@@ -37,7 +37,7 @@ from rlt_retrieval.encoders.packing import PackedTokens
 from rlt_retrieval.eval.report import aligned_table
 
 JUDGED_SHARE = 0.6
-EQUAL = 1e-4  # between components of unit vectors
+EQUAL = {"fp32": 1e-4, "bf16": 1e-2}  # between components of unit vectors; bf16 has 8 bits
 FULL = (("b", "a"), ("f", "d"))  # ours and its baseline, which give the same embedding
 FULL_BAR = 1.05  # of the baseline's time
 PRUNED_BARS: dict[tuple[str, str], Callable[[float], float]] = {  # likewise, given the share kept
@@ -159,7 +159,7 @@ def largest_differences(runs: dict[str, Run]) -> dict[str, float]:
 # --- the result -------------------------------------------------------------------------------------------------
 
 
-def judged(rows: Sequence[Row]) -> list[str]:
+def judged(rows: Sequence[Row], precision: str) -> list[str]:
     """A line a bar: the ratio of summed times, what it must reach, over which clips."""
     lines = []
     for ours, dense in FULL:
@@ -168,7 +168,8 @@ def judged(rows: Sequence[Row]) -> list[str]:
             lines.append(
                 verdict(f"{ours}/{dense} over {len(rows)} clips", ratio(rows, ours, dense), FULL_BAR)
             )
-            lines.append(verdict(f"largest |{ours} - {dense}|, in 1e-4", largest / EQUAL, 1))
+            equal = EQUAL[precision]
+            lines.append(verdict(f"largest |{ours} - {dense}| in units of {equal:g}", largest / equal, 1))
     for (ours, dense), bar in PRUNED_BARS.items():
         counted = [row for row in rows if row.keep.get(ours, 1) <= JUDGED_SHARE]
         if counted:
@@ -235,8 +236,8 @@ def main() -> None:
             print(rows[-1], file=sys.stderr, flush=True)
     what = f"{options.backbone}, {options.num_frames} frames, {options.precision}, random weights"
     text = [f"{what}. What the letters are: benchmarks/encode.py.", "", *table(rows), ""]
-    text += [f"- {line}" for line in (*judged(rows), *encoders.notes)]
-    name = f"encode-{options.num_frames}-frames-{options.precision}"
+    text += [f"- {line}" for line in (*judged(rows, options.precision), *encoders.notes)]
+    name = f"encode-{options.num_frames}-frames-{options.precision}" + "-all-clips" * options.all
     publish(name, "Encoding time", "\n".join(text), options.save)
     if options.save:
         write_whole(result_path(name, "png"), lambda file: file.write(plot(rows)))

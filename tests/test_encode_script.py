@@ -25,11 +25,11 @@ def test_bars_are_judged_on_summed_times_of_the_clips_that_count():
         row(0.4, a=10.0, b=11.0, c=4.1, d=4.0, f=4.0, e=1.9),
         row(0.9, a=10.0, b=10.4, c=9.9, d=4.0, f=4.7, e=4.9),  # keeps too much to count for c and e
     ]
-    assert encode.judged(rows) == [
+    assert encode.judged(rows, "fp32") == [
         "b/a over 3 clips: 1.047, bar ≤ 1.050: reached",
-        "largest |b - a|, in 1e-4: 0.100, bar ≤ 1.000: reached",
+        "largest |b - a| in units of 0.0001: 0.100, bar ≤ 1.000: reached",
         "f/d over 3 clips: 1.058, bar ≤ 1.050: NOT reached",
-        "largest |f - d|, in 1e-4: 3.000, bar ≤ 1.000: NOT reached",
+        "largest |f - d| in units of 0.0001: 3.000, bar ≤ 1.000: NOT reached",
         "c/a over 2 clips, keep 0.300: 0.255, bar ≤ 0.255: reached",
         "e/d over 2 clips, keep 0.300: 0.362, bar ≤ 0.350: NOT reached",
     ]
@@ -37,7 +37,7 @@ def test_bars_are_judged_on_summed_times_of_the_clips_that_count():
 
 def test_one_layout_is_judged_alone():
     rows = [row(0.9, d=4.0, f=4.0, e=1.0)]
-    assert [line.split()[0] for line in encode.judged(rows)] == ["f/d", "largest"]
+    assert [line.split()[0] for line in encode.judged(rows, "fp32")] == ["f/d", "largest"]
     assert encode.plot(rows).startswith(b"\x89PNG")
 
 
@@ -63,7 +63,7 @@ def test_planted_clips_change_as_much_as_they_say(share):
 def test_repetitions_alternate_and_their_median_counts(monkeypatch):
     calls: list[str] = []
     times = iter([5.0, 1.0, 2.0, 9.0, 3.0, 4.0])
-    monkeypatch.setattr(measuring, "seconds", lambda run: (run(), next(times))[1])
+    monkeypatch.setattr(measuring, "seconds", lambda run, clock: (run(), next(times))[1])
     runs = {"x": lambda: calls.append("x"), "y": lambda: calls.append("y")}
     assert measuring.alternated(runs, 3) == {"x": 3.0, "y": 4.0}
     assert calls == ["x", "y"] * 3

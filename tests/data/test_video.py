@@ -17,6 +17,7 @@ from made_videos import SMALL, grey_frames, mux, numbers, same, windows
 from PIL import Image
 
 from rlt_retrieval.data import video
+from rlt_retrieval.data.reader import Reader
 from rlt_retrieval.data.timeline import Strip, count_windows, segment_times
 from rlt_retrieval.data.video import (
     Clip,
@@ -222,8 +223,8 @@ def test_memory_holds_the_windows_in_flight_only(monkeypatch: pytest.MonkeyPatch
 
 def without_skipping(data: bytes, **options: object) -> Clip:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(video._Reader, "_may_skip", lambda *_: False)
-        patch.setattr(video._Reader, "leave_out", lambda *_: None)
+        patch.setattr(Reader, "_may_skip", lambda *_: False)
+        patch.setattr(Reader, "leave_out", lambda *_: None)
         return decode_clip(data, transform=SMALL, **options)  # type: ignore[arg-type]
 
 
@@ -277,15 +278,15 @@ def test_few_frames_of_a_long_file_cost_their_groups_of_pictures(
     data = mux([100 * i for i in range(460)], frames=frames, gop=10, container=container)
     whole = without_skipping(data, num_frames=3)
     decoded = 0
-    real = video._Reader._decode
+    real = Reader._decode
 
-    def counting(reader: video._Reader) -> Iterator[av.VideoFrame]:
+    def counting(reader: Reader) -> Iterator[av.VideoFrame]:
         nonlocal decoded
         for frame in real(reader):
             decoded += 1
             yield frame
 
-    monkeypatch.setattr(video._Reader, "_decode", counting)
+    monkeypatch.setattr(Reader, "_decode", counting)
     assert same(whole, decode_clip(data, num_frames=3, transform=SMALL))
     assert decoded <= 4 * (10 + 2) + 2
 
@@ -318,7 +319,7 @@ def test_frames_that_no_other_needs_are_decoded_only_if_wanted(
 
 def windows_without_skipping(data: bytes, window_seconds: float) -> tuple[list[Clip], VideoSummary]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(video._Reader, "leave_out", lambda *_: None)
+        patch.setattr(Reader, "leave_out", lambda *_: None)
         return windows(data, window_seconds=window_seconds, num_frames=2)
 
 
@@ -345,7 +346,7 @@ def test_a_seek_that_fails_costs_a_pass_but_changes_nothing(
     data = mux([100 * i for i in range(60)], gop=5)
     whole = without_skipping(data, num_frames=2)
     before = opened()
-    monkeypatch.setattr(video._Reader, "_land", lambda *_: None)
+    monkeypatch.setattr(Reader, "_land", lambda *_: None)
     assert same(whole, decode_clip(data, num_frames=2, transform=SMALL))
     assert opened() == before + 2
 
@@ -363,7 +364,7 @@ def test_a_claim_that_is_wrong_after_seeking_is_repaired() -> None:
 def test_a_video_without_a_promise_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """As browsers record: no duration anywhere. Its packets say where it ends before any is decoded."""
     data = mux([40 * i for i in range(50)], container="matroska").replace(b"DURATION", b"DURATIOX")
-    monkeypatch.setattr(video._Reader, "_promise", lambda *_: (None, False))
+    monkeypatch.setattr(Reader, "_promise", lambda *_: (None, False))
     passes = 0
     real = video._play
 
