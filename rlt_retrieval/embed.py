@@ -6,7 +6,6 @@ Shapes: N clips, Q texts, D embedding.
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from rlt_retrieval.annotations import Classes, Ek100Dataset, read_dataset
-from rlt_retrieval.config import default_num_workers, num_cores
+from rlt_retrieval.config import default_num_workers
 from rlt_retrieval.data.batching import batches_by_budget
 from rlt_retrieval.data.failures import FailureLog
 from rlt_retrieval.data.loading import Sampling, decode_frames, iter_eval_clips, prefetch
@@ -41,7 +40,7 @@ Result = TypeVar("Result")
 TEXT_BATCH = 256
 PREFETCHED_CLIPS = 16
 LANES = 4  # batches that a CPU encodes at once, at most: each holds its own activations
-CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET = 2048, 16384  # larger batches are slower on a CPU
+CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET = 1024, 16384  # larger batches are slower on a CPU
 # Any aspect whole on one small picture, with bars where it is not 16:9.
 THUMBNAIL = FrameTransform(90, 160, resize_mode="longest")
 
@@ -330,9 +329,3 @@ def _score_captions(
 ) -> Scored:
     z_text_QD = embed_texts(model, [text for clip in embedded.captions for text in clip])
     return scoring.score_captions(protocol, embedded.z_ND, embedded.keys, embedded.captions, z_text_QD)
-
-
-def share_cores(num_workers: int, device: torch.device) -> None:
-    """Leave the cores that loader workers use to them: two thread pools on the same cores slow each other down."""
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, num_cores() - num_workers))

@@ -26,7 +26,6 @@ from rlt_retrieval.embed import (
     evaluate_shards,
     middle_frames,
     score,
-    share_cores,
 )
 from rlt_retrieval.encoders.packing import PackedTokens, VideoTokens
 from rlt_retrieval.errors import ShardError
@@ -264,18 +263,3 @@ def test_ek100_clips_without_their_dataset_json_are_not_scored_by_captions_silen
     assert not caplog.messages
     evaluate_shards(tiny_model, [folder], HERE)
     assert "no dataset.json beside them" in caplog.text
-
-
-@pytest.mark.parametrize(("asked", "expected"), [(None, 3), ("2", None)])
-def test_workers_get_their_cores_unless_the_user_decides(
-    monkeypatch: pytest.MonkeyPatch, asked: str | None, expected: int | None
-) -> None:
-    threads: list[int] = []
-    monkeypatch.setattr("rlt_retrieval.embed.num_cores", lambda: 4)
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if asked:
-        monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    share_cores(1, torch.device("cpu"))
-    share_cores(1, torch.device("cuda"))
-    assert threads == ([expected] if expected else [])

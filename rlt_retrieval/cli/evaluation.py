@@ -17,6 +17,7 @@ from rlt_retrieval.cli.options import (
     load_model,
     loader_options,
     model_path_option,
+    threads_option,
     to_loader_options,
 )
 from rlt_retrieval.console import progress_bar, say
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 )
 @click.option("--report", type=click.Path(path_type=Path), help="Folder for JSON, Markdown, HTML and plots.")
 @loader_options
+@threads_option
 @device_option
 @json_option
 def evaluate(
@@ -77,6 +79,7 @@ def evaluate(
     report: Path | None,
     workers: int | None,
     decode_timeout_seconds: float,
+    threads: int | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -104,7 +107,7 @@ def evaluate(
         run = _evaluate_file(embeddings, annotations, split or "test", compare)
     else:
         _refuse("SHARDS", {"--annotations": annotations, "--split": split, "--compare": compare})
-        loader = to_loader_options(workers, decode_timeout_seconds, max_bad_fraction)
+        loader = to_loader_options(workers, decode_timeout_seconds, max_bad_fraction, threads)
         run = _evaluate_model(sources, str(model_path), protocol, overrides, query_bank, loader, device)
     print(json.dumps(run.values, indent=2) if as_json else metrics_table({run.name: run.values}))
     if report:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rlt_retrieval.cli.options import device_option, dry_run_option, finish, json_option
+from rlt_retrieval.cli.options import device_option, dry_run_option, finish, json_option, threads_option
 from rlt_retrieval.console import print_values, progress_bar
 
 if TYPE_CHECKING:
@@ -42,10 +42,13 @@ def demo(out: str, fast: bool, device: str, as_json: bool) -> None:
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key, e.g. optim.steps=100."
 )
+@threads_option
 @device_option
 @dry_run_option
 @json_option
-def train(recipe: str, overrides: tuple[str, ...], device: str, dry_run: bool, as_json: bool) -> None:
+def train(
+    recipe: str, overrides: tuple[str, ...], threads: int | None, device: str, dry_run: bool, as_json: bool
+) -> None:
     """Train by a recipe: a TOML file, or the name of one that ships (demo, finetune, …).
 
     Killed and started again with the same command, it continues where it was.
@@ -63,7 +66,7 @@ def train(recipe: str, overrides: tuple[str, ...], device: str, dry_run: bool, a
     from rlt_retrieval.training.loop import train as run
 
     with progress_bar("training") as advance:
-        result = run(settings, device=device, on_step=_training_step(advance))
+        result = run(settings, device=device, num_threads=threads, on_step=_training_step(advance))
     if result.is_first:
         _print_training(result, as_json)
     # Under torchrun a process that exits with anything but 0 has failed, and takes the others with it.

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import logging
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from rlt_retrieval.encoders.layouts import LayoutPlan
@@ -59,11 +61,12 @@ def attend_rows(
     """Attention of each sequence's rows over the keys that its plan names (with their bias): [R, N, H].
 
     Where keys are chosen rows, neighbouring sequences of a clip share most of them. Kernels for packed sequences get
-    them copied out; one sequence at a time and without gradients, only what changes is written into one buffer, which
-    spares the memory traffic of a whole frame's keys and values for each frame.
+    them copied out; one sequence at a time, only what changes is written into one buffer, which spares the memory
+    traffic of a whole frame's keys and values for each frame, and keeping all of them for the gradient.
     """
-    if plan.key_rows is not None and plan.key_bias is None and _runs_one_by_one(backend, q_RNH):
-        return _attend_updated(q_RNH, k_RNH, v_RNH, plan)
+    if plan.key_rows is not None and plan.key_bias is None and _choose(backend, q_RNH) == "sdpa":
+        attended: Tensor = _UpdatedAttention.apply(q_RNH, k_RNH, v_RNH, plan)
+        return attended
     if plan.key_rows is not None:
         k_RNH, v_RNH = (kv.index_select(0, plan.key_rows) for kv in (k_RNH, v_RNH))
     return attend_biased(
@@ -92,23 +95,43 @@ def attend_biased(
     return out[..., :head_size]
 
 
-def _runs_one_by_one(backend: Backend, q_RNH: Tensor) -> bool:
-    return not torch.is_grad_enabled() and _choose(backend, q_RNH) == "sdpa"
+class _UpdatedAttention(torch.autograd.Function):
+    """One sequence at a time over a buffer of keys and values that takes what changes; attends again for gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, q_RNH: Tensor, k_RNH: Tensor, v_RNH: Tensor, plan: LayoutPlan) -> Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(q_RNH, k_RNH, v_RNH)
+        out_RNH = torch.empty_like(q_RNH)
+        keys = k_RNH.new_empty(plan.max_k, *k_RNH.shape[1:])
+        values = torch.empty_like(keys)
+        for own, (places, rows) in zip(_slices(plan), plan.key_updates, strict=True):
+            keys.index_copy_(0, places, k_RNH.index_select(0, rows))
+            values.index_copy_(0, places, v_RNH.index_select(0, rows))
+            out_RNH[own] = _attend_one(q_RNH[own], keys, values)
+        return out_RNH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RNH: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        qkv: tuple[Tensor, Tensor, Tensor] = ctx.saved_tensors
+        q_RNH, k_RNH, v_RNH = qkv
+        q_grad, k_grad, v_grad = torch.empty_like(q_RNH), torch.zeros_like(k_RNH), torch.zeros_like(v_RNH)
+        for own, rows in zip(_slices(ctx.plan), ctx.plan.key_rows.split(ctx.plan.max_k), strict=True):
+            chosen = (q_RNH[own], k_RNH.index_select(0, rows), v_RNH.index_select(0, rows))
+            q, keys, values = (part.detach().requires_grad_() for part in chosen)
+            with torch.enable_grad():
+                out = _attend_one(q, keys, values)
+            q_grad[own], keys_grad, values_grad = torch.autograd.grad(out, (q, keys, values), grad_RNH[own])
+            k_grad.index_add_(0, rows, keys_grad)
+            v_grad.index_add_(0, rows, values_grad)
+        return q_grad, k_grad, v_grad, None
 
 
-def _attend_updated(q_RNH: Tensor, k_RNH: Tensor, v_RNH: Tensor, plan: LayoutPlan) -> Tensor:
-    """One sequence at a time over a buffer of keys and values that takes what changes."""
-    out_RNH = torch.empty_like(q_RNH)
-    keys = k_RNH.new_empty(plan.max_k, *k_RNH.shape[1:])
-    values = torch.empty_like(keys)
-    start = 0
-    for length, (places, rows) in zip(plan.lengths, plan.key_updates, strict=True):
-        keys.index_copy_(0, places, k_RNH.index_select(0, rows))
-        values.index_copy_(0, places, v_RNH.index_select(0, rows))
-        own = slice(start, start + length)
-        out_RNH[own] = _attend_one(q_RNH[own], keys, values)
-        start += length
-    return out_RNH
+def _slices(plan: LayoutPlan) -> list[slice]:
+    """The rows of each sequence."""
+    ends = list(itertools.accumulate(plan.lengths, initial=0))
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def _attend_one(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlt_retrieval.annotations import Ek100Dataset, read_dataset
-from rlt_retrieval.config import Recipe
+from rlt_retrieval.config import Recipe, num_cores
 from rlt_retrieval.data.batching import batches_by_budget
 from rlt_retrieval.data.failures import FailureLog
 from rlt_retrieval.data.loading import TrainBatch, TrainClip, TrainLoader, clip_seed, prefetch
@@ -33,7 +34,6 @@ from rlt_retrieval.embed import (
     embed_shards,
     model_sampling,
     score,
-    share_cores,
 )
 from rlt_retrieval.encoders.packing import pack
 from rlt_retrieval.errors import TrainingError
@@ -73,11 +73,16 @@ OnStep = Callable[[dict[str, Any], int], None]  # metrics line of a step, number
 
 
 def train(
-    recipe: Recipe, *, device: str = "auto", on_step: OnStep = lambda line, num_steps: None
+    recipe: Recipe,
+    *,
+    device: str = "auto",
+    num_threads: int | None = None,
+    on_step: OnStep = lambda line, num_steps: None,
 ) -> TrainResult:
     """Run a recipe to its end; started again after any interruption, it continues at the checkpoint's step + 1.
 
     Args:
+        num_threads: that compute on a CPU; None: OMP_NUM_THREADS, else the cores that loader workers leave.
         on_step: called after every step, in the first process only.
 
     Raises:
@@ -85,12 +90,12 @@ def train(
     """
     ranks = join_ranks(device)
     try:
-        return _train(recipe, ranks, on_step)
+        return _train(recipe, ranks, num_threads, on_step)
     finally:
         leave_ranks(ranks)
 
 
-def _train(recipe: Recipe, ranks: Ranks, on_step: OnStep) -> TrainResult:
+def _train(recipe: Recipe, ranks: Ranks, num_threads: int | None, on_step: OnStep) -> TrainResult:
     run = Path(recipe.run_dir)
     claim_run(run, recipe, ranks)
 
@@ -100,7 +105,8 @@ def _train(recipe: Recipe, ranks: Ranks, on_step: OnStep) -> TrainResult:
     dataset = read_training_dataset(shards, recipe.optim.loss)
     max_bad = recipe.data.max_bad_fraction
     failures = FailureLog(run / f"failures{_suffix(ranks)}.jsonl", max_bad)
-    share_cores(recipe.data.num_workers, ranks.device)
+    if ranks.device.type == "cpu":
+        set_num_threads(num_threads, recipe.data.num_workers)
 
     # model, optimiser
     model = create_model(recipe, ranks.device)
@@ -158,6 +164,17 @@ def _result(run: Path, ranks: Ranks) -> TrainResult:
     last: dict[str, Any] = next(reversed(read_metrics(run)), {})
     num_skipped = sum(len(path.read_text().splitlines()) for path in run.glob("failures*.jsonl"))
     return TrainResult(model_folder(run), last, num_skipped, ranks.is_first)
+
+
+def set_num_threads(asked: int | None, num_workers: int) -> None:
+    """As many as asked for; else leave the cores that loader workers use to them, unless OMP_NUM_THREADS decides.
+
+    Threads of one pool meet at every operator, and wait there for the one whose core a worker has taken.
+    """
+    if asked:
+        torch.set_num_threads(asked)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, num_cores() - num_workers))
 
 
 def create_loss(recipe: Recipe, model: VideoTextModel, ranks: Ranks) -> Loss:
@@ -310,7 +327,9 @@ def _features(
 
     def features() -> tuple[Tensor, Tensor]:
         with autocast(model.device, recipe.optim.precision):
-            return model.encode_tokens(packed), model.encode_text(captions)
+            z_text_bD = model.encode_text(captions)
+            # Last in, first out: the backward pass frees these activations before it makes the text tower's gradients.
+            return model.encode_tokens(packed), z_text_bD
 
     return features
 

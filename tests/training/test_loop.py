@@ -572,3 +572,19 @@ def test_interrupted_command_says_so_and_goes_on(recipe_file: Path, tmp_path: Pa
         while True:  # a worker that outlives the command keeps the test here
             os.killpg(process.pid, 0)
             time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked", "expected"), [(None, None, [3]), ("2", None, []), ("2", 4, [4])]
+)
+def test_workers_get_their_cores_unless_the_user_decides(
+    monkeypatch: pytest.MonkeyPatch, environment: str | None, asked: int | None, expected: list[int]
+) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(loop, "num_cores", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    loop.set_num_threads(asked, num_workers=1)
+    assert threads == expected
