@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 DEFAULT_EXTRAS := cpu,dev
 INSTALLED := $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*)))
 EXTRAS ?= $(or $(INSTALLED),$(DEFAULT_EXTRAS))
+CLIPS := $(if $(VIDEOS),--videos $(VIDEOS))
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: install demo test acceptance lint format bench clean
+.PHONY: install demo test acceptance lint format bench bench-full clean
 
 install: $(STAMP)
 
@@ -41,7 +42,20 @@ format: install
 
 # make bench VIDEOS=my_videos/ takes the first 10 s of each of these; otherwise clips made on the spot
 bench: install
-	$(BIN)/python benchmarks/encode.py $(if $(VIDEOS),--videos $(VIDEOS))
+	$(BIN)/python benchmarks/encode.py $(CLIPS)
+
+# Everything that can be measured without a GPU, kept in benchmarks/results/: about 80 minutes on two cores.
+bench-full: install
+	$(BIN)/python benchmarks/encode.py $(CLIPS) --save
+	$(BIN)/python benchmarks/encode.py $(CLIPS) --save --precision bf16
+	$(BIN)/python benchmarks/encode.py $(CLIPS) --save --num-frames 8 --all --repeats 1
+	$(BIN)/python benchmarks/tokenizer.py $(CLIPS) --save
+	$(BIN)/python benchmarks/decode.py $(CLIPS) --save
+	$(BIN)/python benchmarks/pipeline.py $(CLIPS) --save
+	$(BIN)/python benchmarks/batching.py --save
+	$(BIN)/python benchmarks/train_step.py $(CLIPS) --save
+	$(BIN)/python benchmarks/search.py --save
+	$(BIN)/python benchmarks/metrics.py --save
 
 clean:
 	rm -rf $(VENV) demo_out

@@ -1,6 +1,6 @@
 """Batches cut by token budget against batches of a fixed number of clips, on clips of very different motion.
 
-    python benchmarks/batching.py [--backbone ViT-B-32] [--num-frames 8] [--num-clips 24] [--whole-clips 2]
+    python benchmarks/batching.py [--backbone ViT-S-16] [--num-frames 8] [--num-clips 18] [--whole-clips 2]
 
 Clips with planted shares of noise, SHARES in turn, shuffled. The budget is what --whole-clips clips have with every
 token kept. "same memory" is the fixed number whose largest batch would stay within it: --whole-clips. "same mean" gives
@@ -165,10 +165,10 @@ def page(results: Mapping[str, Sequence[Way]], num_clips: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--backbone", default="ViT-B-32")
+    parser.add_argument("--backbone", default="ViT-S-16")
     parser.add_argument("--layout", choices=("frame", "joint"), default="frame")
     parser.add_argument("--num-frames", type=int, default=8)
-    parser.add_argument("--num-clips", dest="batch_size", type=int, default=24)
+    parser.add_argument("--num-clips", dest="batch_size", type=int, default=18)
     parser.add_argument(
         "--whole-clips", type=int, default=2, help="that the budget holds (default: %(default)s)"
     )

@@ -4,17 +4,19 @@
 
 The product's own `train_step`: both towers forward, InfoNCE, backward, clipping, AdamW; fp32, random weights, one
 micro-batch. Pruned and dense (reducer "none") take the same clips, captions, model and optimizer in turns. Without
---videos, clips with a planted share of noise; with it, the first 10 s of every video of a folder, or of CLIPS alone
-if it holds them all, neighbours together in a batch.
+--videos, clips with a planted share of noise; with it, the first 10 s of every video of a folder, or of CLIPS alone if
+it holds them all, neighbours together in a batch.
 
-The whole step is judged. The text tower and the optimizer cost the same however many tokens are kept: their times
-alone are listed, and the rest of each step as the video part. Peak memory is that of the process above what it held
-before the step (weights and AdamW's moments, no gradients), in a step of its own after the timed ones.
+The whole step is judged, on sums over the batches that keep at most JUDGED_SHARE; every batch is listed. The text tower
+and the optimizer cost the same however many tokens are kept: their times alone are listed, and the rest of each step as
+the video part. Peak memory is that of the process above what it held before the step (weights and AdamW's moments, no
+gradients), in a step of its own after the timed ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +37,7 @@ from rlt_retrieval.training.loop import build_optimizer, create_loss, create_mod
 PLANTED_KEEPS = (1.0, 0.55, 0.24)
 CAPTION = "someone opens the door of the fridge and takes out the milk"
 MEMORY_ALLOWANCE = 0.15
+JUDGED_SHARE = 0.6
 LAYOUTS = ("frame", "joint")
 HEADERS = (
     *("clips", "layout", "keep", "dense s", "pruned s", "ratio", "dense video s", "pruned video s", "ratio"),
@@ -192,14 +195,25 @@ def _megabytes(num_bytes: int | None) -> str:
 
 
 def judged(cases: Sequence[Case]) -> list[str]:
-    """A line a bar and case; where everything is kept, both do the same work and only noise would be judged."""
+    """Two lines a layout: the ratios of sums over the batches that keep at most JUDGED_SHARE, and their bars."""
     lines = []
-    for case in (case for case in cases if case.keep < 1):
-        what = f"{case.layout}, {case.name}, keep {case.keep:.3f}"
-        lines.append(verdict(f"time, {what}", case.time_ratio, case.keep))
-        if case.memory_ratio is not None:
-            lines.append(verdict(f"peak memory, {what}", case.memory_ratio, case.keep + MEMORY_ALLOWANCE))
+    for layout in dict.fromkeys(case.layout for case in cases):
+        counted = [case for case in cases if case.layout == layout and case.keep <= JUDGED_SHARE]
+        if not counted:
+            continue
+        keep = statistics.mean(case.keep for case in counted)  # all have as many tokens when dense
+        what = f"layout {layout}, {len(counted)} batches, keep {keep:.3f}"
+        lines.append(verdict(f"time, {what}", _ratio([case.seconds for case in counted]), keep))
+        peaks = [case.peak_bytes for case in counted]
+        if all(peak for case in peaks for peak in case.values()):
+            lines.append(verdict(f"peak memory, {what}", _ratio(peaks), keep + MEMORY_ALLOWANCE))
     return lines
+
+
+def _ratio(values: Sequence[Mapping[str, float | None]]) -> float:
+    """Of sums, pruned to dense."""
+    pruned, dense = (sum(value[kind] or 0 for value in values) for kind in ("pruned", "dense"))
+    return pruned / dense
 
 
 def run(options: argparse.Namespace) -> None:

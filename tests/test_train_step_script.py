@@ -72,16 +72,20 @@ def test_the_page_has_every_case_and_a_verdict_a_bar(
     lines = page.splitlines()
     assert sum(line.startswith("| planted") for line in lines) == 6
     judged = [line for line in lines if line.startswith("- time")]
-    assert len(judged) == 4  # two layouts, two shares; keep 1 is listed only
+    assert len(judged) == 2  # a layout each
     assert all("reached" in line for line in judged)
 
 
-def test_ratios_are_of_the_dense_step() -> None:
-    """0.6 of the time at keep 0.5 misses its bar; 0.6 of the memory keeps within 0.5 + 0.15."""
-    seconds, peaks = {"dense": 2.0, "pruned": 1.2}, {"dense": 1000, "pruned": 600}
-    case = train_step.Case("a", "joint", 0.5, seconds, peaks)
-    time_line, memory_line = train_step.judged([case])
-    assert "0.600, bar ≤ 0.500: NOT reached" in time_line
-    assert "0.600, bar ≤ 0.650: reached" in memory_line
-    unknown = train_step.Case("a", "joint", 0.5, seconds, {"dense": None, "pruned": None})
-    assert len(train_step.judged([unknown])) == 1
+def test_ratios_are_of_the_dense_step_over_the_batches_that_count() -> None:
+    """2.6 of 4 s at keep 0.4 miss their bar; 1,000 of 2,000 bytes keep within 0.4 + 0.15; keep 0.9 does not count."""
+
+    def case(keep: float, seconds: float, peak: int | None) -> train_step.Case:
+        dense = None if peak is None else 1000
+        times = {"dense": 2.0, "pruned": seconds}
+        return train_step.Case("a", "joint", keep, times, {"dense": dense, "pruned": peak})
+
+    time_line, memory_line = train_step.judged([case(0.3, 0.6, 300), case(0.5, 2.0, 700), case(0.9, 9.0, 9)])
+    assert time_line == "time, layout joint, 2 batches, keep 0.400: 0.650, bar ≤ 0.400: NOT reached"
+    assert memory_line == "peak memory, layout joint, 2 batches, keep 0.400: 0.500, bar ≤ 0.550: reached"
+    assert len(train_step.judged([case(0.3, 0.6, None)])) == 1
+    assert train_step.judged([case(0.9, 9.0, 9)]) == []
