@@ -4,10 +4,10 @@
 
 `decode_clip` takes 16 frames at 224 px (ViT-B/16's preprocessing) and decodes with one thread, as loader workers do.
 The bare loop is timed with one thread, with PyAV's default (slice threads) and with frame threads. Judged are wall time
-with one thread each, and CPU time beside the form that takes least: with a file for every core, as when a folder is
-indexed, that is the fastest. What frame threads gain for a single file on a machine with nothing else to do is listed.
-Short files are made on the spot, one a codec and size; --videos adds the first 10 s of every video of a folder. From a
-10-minute file few frames are wanted, so we seek: the loop decodes it whole.
+with one thread each; CPU time beside the loop that takes least of it (with a file for every core, as when a folder is
+indexed, the least CPU time is the shortest wall time); and one file alone on an idle machine beside the loop's fastest
+threads. Short files are made on the spot, one a codec and size; --videos adds the first 10 s of every video of a
+folder. From a 10-minute file few frames are wanted, so we seek: the loop decodes it whole.
 """
 
 from __future__ import annotations

@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--videos", type=Path)
     parser.add_argument("--backbone", default="ViT-B-16")
     parser.add_argument("--num-frames", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     run(parser.parse_args())
 

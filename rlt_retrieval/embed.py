@@ -127,7 +127,7 @@ def embed_clips(
         return
     # Set in the lanes themselves: the number of threads belongs to the thread that asks for it.
     with ThreadPoolExecutor(num_lanes, "encode", torch.set_num_threads, (num_threads // num_lanes,)) as pool:
-        yield from _in_order(pool, embed, batches, num_lanes)
+        yield from _in_order(pool, embed, batches, 2 * num_lanes)
 
 
 def _in_order(

@@ -195,6 +195,20 @@ def test_the_threads_of_the_encoder_are_those_asked_for(
     assert set(seen) == {3}
 
 
+def test_training_and_evaluation_take_threads_too(
+    run: Callable[..., Ran], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr("rlt_retrieval.embed.LANES", 1)
+    assert run("train", recipe, "--device", "cpu", "--threads", "3").code == 0
+    assert asked[0] == 3
+    asked.clear()
+    evaluate = ["eval", tmp_path / "shards", "--model", tmp_path / "run", "--device", "cpu", "--workers", "0"]
+    assert run(*evaluate, "--threads", "5").code == 0
+    assert set(asked) == {5}
+
+
 def test_problems_are_named_on_stderr_and_make_exit_code_3_every_time(
     build: Callable[..., Ran], run: Callable[..., Ran], videos: Path, tmp_path: Path
 ) -> None:

@@ -30,7 +30,7 @@ def test_the_page_of_a_tiny_model(model_folder: Path, capfd: pytest.CaptureFixtu
     assert [cells[2].strip() for cells in lines[2:]] == ["2"] * 3
     assert "Peak of a file of 0.4 minutes" in page
     assert page.count("bar ≤ 1.100") == 2
-    assert page.count(f"\n- {pipeline.CROWDED}, ") == 4
+    assert page.count(f"\n- {pipeline.CROWDED}, ") == (4 if pipeline.num_cores() > 1 else 2)
 
 
 def test_the_limit_is_shared_by_the_cores_or_the_slower_stage() -> None:

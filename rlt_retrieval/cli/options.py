@@ -22,7 +22,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 threads_option = click.option(
     "--threads",
     type=click.IntRange(1),
-    help="Threads that compute on a CPU. [default: OMP_NUM_THREADS, or all cores; train: those that workers leave]",
+    help="Threads that compute on a CPU. [default: OMP_NUM_THREADS, else all cores (train: those that workers leave)]",
 )
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 

@@ -28,14 +28,11 @@ Source = str | Path | bytes
 BAD_PACKETS_IN_A_ROW = 500  # then decoding gives up; a cut stream may lose a group of pictures
 DEFAULT_FRAME_SECONDS = 0.04  # of a lone frame that says nothing about its duration or rate
 INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # FFmpeg's names; seeking is exact in these
-# FFmpeg's names: a packet gives one frame, and frames that no other refers to can be left out. (Its "mpeg4" gives
-# the frames after those it left out the wrong timestamps.)
-CODECS_THAT_SKIP = ("h264", "hevc")
 WORTH_SEEKING_SECONDS = 1.0  # to skip fewer, decoding on is faster than a seek and what it decodes again
 
 
 class Reader:
-    """One decoding pass: iterate for (seconds, frame), from a key frame at or before `from_seconds`.
+    """One decoding pass: iterate for (seconds, frame or None), from a key frame at or before `from_seconds`.
 
     Raises VideoDecodeError when the source cannot be opened or gives no frame. A decode error later on does
     not raise: what follows is still decoded, and `summary()` reports it.
@@ -44,7 +41,7 @@ class Reader:
     def __init__(self, source: Source, from_seconds: float = 0.0) -> None:
         self._source = source
         self.name = "<bytes>" if isinstance(source, bytes) else str(source)
-        self.has_sought = False
+        self._has_sought = False
         self._wanted: Callable[[int, int], bool] | None = None
         self._open_at(from_seconds)
 
@@ -78,7 +75,8 @@ class Reader:
             yield self._seconds(frame), None if isinstance(frame, Unseen) else frame
 
     def _seconds(self, frame: av.VideoFrame | Unseen) -> float:
-        return self.clock.read(frame.dts if self._by_dts else frame.pts, frame.duration)
+        tick = frame.dts if self._by_dts and isinstance(frame, av.VideoFrame) else frame.pts
+        return self.clock.read(tick, frame.duration)
 
     @property
     def pixel_aspect(self) -> Fraction | None:
@@ -183,13 +181,25 @@ class Reader:
         def wanted_ticks(shown: int, replaced: int) -> bool:
             return wanted(self.clock.seconds_of(shown), self.clock.seconds_of(replaced))
 
-        if self._stream.codec_context.name in CODECS_THAT_SKIP and self._has_sound_index:
+        if self._has_sound_index and self._marks_references():
             self._wanted = wanted_ticks
+
+    def _marks_references(self) -> bool:
+        """Whether a packet gives one frame, and its decoder can leave out the frames that no other refers to.
+
+        HEVC's mark is about the frame's own temporal layer: true of all where there is one, as the file's hvcC record
+        says (ISO/IEC 14496-15, 8.3.3.1). FFmpeg's "mpeg4" gives frames after those it left out wrong timestamps.
+        """
+        context = self._stream.codec_context
+        if context.name == "hevc":
+            record = context.extradata or b""
+            return len(record) > 21 and record[0] == 1 and record[21] >> 3 & 7 == 1
+        return bool(context.name == "h264")
 
     @property
     def skips(self) -> bool:
-        """Whether not every frame was decoded."""
-        return self.has_sought or self._wanted is not None
+        """Whether frames may have been left out."""
+        return self._has_sought or self._wanted is not None
 
     def skip_to(self, seconds: float) -> bool:
         """Go on at a key frame at or before `seconds` where that skips frames; returns whether it did.
@@ -200,7 +210,7 @@ class Reader:
         assert passed is not None
         if not self._may_skip(passed, self._tick(seconds)):
             return False
-        self.has_sought = True
+        self._has_sought = True
         landed = self._land(seconds)
         if landed is None:
             raise Astray
@@ -217,7 +227,7 @@ class Reader:
         """Whether a key frame up to `target` is well ahead of `passed`."""
         if not self._has_sound_index:
             return False
-        if not self.has_sought and "matroska" in self._container.format.name:
+        if not self._has_sought and "matroska" in self._container.format.name:
             nearest = target  # the index is read by the first seek
         else:
             index = self._stream.index_entries

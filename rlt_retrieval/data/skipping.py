@@ -21,7 +21,6 @@ class Unseen(NamedTuple):
     """Stands for a frame that was not decoded."""
 
     pts: int
-    dts: int | None
     duration: int
     key_frame: bool = False
 
@@ -33,14 +32,14 @@ class Astray(Exception):
 def look_ahead(packets: Iterable[Any], wanted: Callable[[], Wanted | None]) -> Iterator[tuple[Any, bool]]:
     """(packet, whether its frame may be left out), in order. While `wanted()` is None, each is passed on at once.
 
-    A packet without a timestamp, and one after which no later one is known, is never left out: the last frame of a
-    video tells where it ends.
+    A packet without a timestamp or with that of another one, and one after which no later one is known, is never left
+    out: the last frame of a video tells where it ends.
     """
     ahead: deque[Any] = deque()
     known_ticks: list[int] = []
     for packet in packets:
         ahead.append(packet)
-        if packet.pts is not None:
+        if packet.pts is not None and wanted() is not None:
             bisect.insort(known_ticks, packet.pts)
         while ahead and (len(ahead) > LOOKAHEAD_PACKETS or wanted() is None):
             yield _judged(ahead.popleft(), known_ticks, wanted())
@@ -52,7 +51,8 @@ def _judged(packet: Any, known_ticks: list[int], wanted: Wanted | None) -> tuple
     if wanted is None or packet.pts is None:
         return packet, False
     following = bisect.bisect_right(known_ticks, packet.pts)
-    if following == len(known_ticks):
+    is_repeated = known_ticks[max(0, following - 2) : following].count(packet.pts) > 1
+    if following == len(known_ticks) or is_repeated:
         return packet, False
     # The true successor may come later in the file: then it is nearer than the known one, which errs to "wanted".
     unwanted = not wanted(packet.pts, known_ticks[following])
@@ -66,14 +66,20 @@ class Ledger:
     def __init__(self) -> None:
         self._unseen: list[Unseen] = []
         self._due_ticks: list[int] = []  # of frames that must come out
+        self._first: int | None = None  # of the frames that came out
         self._last: int | None = None
 
     def sent(self, packet: Any, left_out: bool) -> None:
-        """Note a packet before it is decoded."""
-        if packet.pts is None or (self._last is not None and packet.pts < self._last):
+        """Note a packet before it is decoded.
+
+        Raises Astray where one is left out whose place among the frames has gone by.
+        """
+        if packet.pts is None or (self._first is not None and packet.pts < self._first):
             return  # the flushing one, or of a frame before the key frame where decoding began
+        if left_out and self._last is not None and packet.pts <= self._last:
+            raise Astray
         if left_out:
-            heapq.heappush(self._unseen, Unseen(packet.pts, packet.dts, packet.duration or 0))
+            heapq.heappush(self._unseen, Unseen(packet.pts, packet.duration or 0))
         else:
             heapq.heappush(self._due_ticks, packet.pts)
 
@@ -89,6 +95,8 @@ class Ledger:
             return
         missing = self._pop_due(frame.pts)
         is_first, self._last = self._last is None, frame.pts
+        if is_first:
+            self._first = frame.pts
         if strict and missing and not is_first:
             raise Astray
         while self._unseen and self._unseen[0].pts <= frame.pts:

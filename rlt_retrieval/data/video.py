@@ -261,13 +261,13 @@ def iter_windows(
     window_seconds: float,
     first_window: int = 0,
 ) -> Generator[Clip, None, VideoSummary]:
-    """Cut a video into windows and sample each, in one decoding pass with bounded memory.
+    """Cut a video into windows and sample each, in one decoding pass (a second one from where skipping went astray).
 
     Yields the clips of window `first_window` and all after it (none if there are fewer); the return value
     (`StopIteration.value`) is the VideoSummary. A pass that starts late gives the clips of an uninterrupted
-    one; its summary knows nothing of decode errors before it (each clip's `lost` says what was lost by then).
-    How long the last window is shows only at the
-    end of the file: frames are kept for the claimed end; a wrong claim costs a second decode of that window.
+    one; its summary knows nothing of decode errors before it (each clip's `lost` says what was lost by then),
+    nor of errors in frames that nobody wanted and that were left out. How long the last window is shows only at
+    the end of the file: frames are kept for the claimed end; a wrong claim costs a second decode of that window.
     Raises VideoDecodeError when nothing decodes.
     """
     if num_frames < 1 or window_seconds <= 0 or first_window < 0:

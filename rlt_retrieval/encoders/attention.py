@@ -116,15 +116,26 @@ class _UpdatedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_RNH: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         qkv: tuple[Tensor, Tensor, Tensor] = ctx.saved_tensors
         q_RNH, k_RNH, v_RNH = qkv
-        q_grad, k_grad, v_grad = torch.empty_like(q_RNH), torch.zeros_like(k_RNH), torch.zeros_like(v_RNH)
-        for own, rows in zip(_slices(ctx.plan), ctx.plan.key_rows.split(ctx.plan.max_k), strict=True):
-            chosen = (q_RNH[own], k_RNH.index_select(0, rows), v_RNH.index_select(0, rows))
-            q, keys, values = (part.detach().requires_grad_() for part in chosen)
+        plan: LayoutPlan = ctx.plan
+        q_grad = torch.empty_like(q_RNH)
+        sums = [(kv_RNH, torch.zeros_like(kv_RNH)) for kv_RNH in (k_RNH, v_RNH)]
+        keys_SK = plan.key_rows_by_sequence
+        # Backwards: what a sequence brought is seen by those after it, which have added to `pending` by then.
+        buffers = [kv_RNH.index_select(0, keys_SK[-1]) for kv_RNH, _ in sums]
+        pending = [torch.zeros_like(buffer) for buffer in buffers]
+        steps = list(zip(_slices(plan), plan.key_updates, [None, *keys_SK[:-1]], strict=True))
+        for own, (places, rows), before_K in reversed(steps):
+            q, keys, values = (part.detach().requires_grad_() for part in (q_RNH[own], *buffers))
             with torch.enable_grad():
                 out = _attend_one(q, keys, values)
-            q_grad[own], keys_grad, values_grad = torch.autograd.grad(out, (q, keys, values), grad_RNH[own])
-            k_grad.index_add_(0, rows, keys_grad)
-            v_grad.index_add_(0, rows, values_grad)
+            q_grad[own], *grads = torch.autograd.grad(out, (q, keys, values), grad_RNH[own])
+            for (kv_RNH, kv_grad), buffer, due, grad in zip(sums, buffers, pending, grads, strict=True):
+                due += grad
+                kv_grad.index_add_(0, rows, due.index_select(0, places))
+                due.index_fill_(0, places, 0)
+                if before_K is not None:
+                    buffer.index_copy_(0, places, kv_RNH.index_select(0, before_K[places]))
+        (_, k_grad), (_, v_grad) = sums
         return q_grad, k_grad, v_grad, None
 
 

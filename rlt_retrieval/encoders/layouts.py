@@ -79,15 +79,19 @@ class LayoutPlan:
         """int64 [R]."""
         return torch.repeat_interleave(self.cu_q.diff().long(), output_size=len(self.rows))
 
+    @property
+    def key_rows_by_sequence(self) -> Tensor:
+        """int64 [S, max_k], where keys are chosen rows and not merged: then every sequence has as many."""
+        assert self.key_rows is not None
+        return self.key_rows.reshape(-1, self.max_k)
+
     @functools.cached_property
     def key_updates(self) -> list[tuple[Tensor, Tensor]]:
         """What changes from one sequence's keys to the next: (places among the keys, rows to put there) a sequence.
 
-        For chosen keys that are not merged: then every sequence has max_k of them. The first of a clip changes all, for
-        no row belongs to two clips.
+        As `key_rows_by_sequence`. The first of a clip changes all, for no row belongs to two clips.
         """
-        assert self.key_rows is not None
-        keys_SK = self.key_rows.reshape(-1, self.max_k)
+        keys_SK = self.key_rows_by_sequence
         before_SK = torch.cat([torch.full_like(keys_SK[:1], -1), keys_SK[:-1]])
         places = [
             (keys_K != before_K).nonzero()[:, 0] for keys_K, before_K in zip(keys_SK, before_SK, strict=True)

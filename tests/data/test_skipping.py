@@ -52,6 +52,11 @@ def test_the_last_frame_and_packets_without_a_timestamp_are_never_left_out():
     assert [left_out for _, left_out in judged] == [True, False, True, False, True, False]
 
 
+def test_a_timestamp_that_comes_twice_is_not_left_out():
+    judged = look_ahead(map(Packet, (0, 1, 2, 2, 3, 4)), lambda: no_frame)
+    assert [packet.pts for packet, left_out in judged if not left_out] == [2, 2, 4]
+
+
 def test_what_is_wanted_is_decoded():
     assert not any(left_out for _, left_out in look_ahead(map(Packet, range(50)), lambda: any_frame))
 
@@ -124,6 +129,15 @@ def test_frames_that_do_not_rise_are_noticed(tick):
     list(ledger.placed(Frame(1), strict=True))
     with pytest.raises(Astray):
         list(ledger.placed(Frame(tick), strict=True))
+
+
+def test_leaving_out_what_should_have_come_before_is_noticed():
+    """Decoding everything would mend such a timestamp, and with it those of the frames after."""
+    ledger = ledger_with(0, 40, 120)
+    for tick in (0, 40, 120):
+        list(ledger.placed(Frame(tick), strict=True))
+    with pytest.raises(Astray):
+        ledger.sent(Packet(80), True)
 
 
 def test_a_frame_missing_at_the_end_is_noticed():

@@ -317,6 +317,23 @@ def test_frames_that_no_other_needs_are_decoded_only_if_wanted(
     assert all(same(*pair) for pair in zip(clips, whole_windows[0], strict=True))
 
 
+def test_hevc_in_several_temporal_layers_is_decoded_whole() -> None:
+    """A frame marked as no reference may be one for a higher layer; hvcC says how many there are (byte 21)."""
+    data = mux([100 * i for i in range(60)], codec="libx265", b_frames=2)
+    with av.open(io.BytesIO(data)) as container:
+        record = container.streams.video[0].codec_context.extradata
+    assert record is not None
+    assert data.count(record) == 1
+    layers = {}
+    for number in (1, 2):
+        changed = bytearray(record)
+        changed[21] = changed[21] & ~(7 << 3) | number << 3
+        with Reader(data.replace(record, bytes(changed))) as reader:
+            reader.leave_out(lambda *_: False)
+            layers[number] = reader.skips
+    assert layers == {1: True, 2: False}
+
+
 def windows_without_skipping(data: bytes, window_seconds: float) -> tuple[list[Clip], VideoSummary]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Reader, "leave_out", lambda *_: None)
@@ -324,7 +341,7 @@ def windows_without_skipping(data: bytes, window_seconds: float) -> tuple[list[C
 
 
 def test_a_packet_that_breaks_while_frames_are_left_out_changes_nothing() -> None:
-    """Errors are told as if everything were decoded: the windows before them are kept, the rest is done again."""
+    """An error that shows has everything after it decoded again: the windows before it are kept."""
     noise = np.random.default_rng(0).integers(0, 255, (120, 64, 64, 3), np.uint8)
     data = bytearray(
         mux([100 * i for i in range(120)], frames=noise, b_frames=2, container="matroska", gop=20)
