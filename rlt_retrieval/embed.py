@@ -106,7 +106,8 @@ def embed_clips(
     """Embed a stream of labelled clips in batches of at most `token_budget` computed tokens; order is kept.
 
     A CPU encodes up to LANES batches at once, each with its share of the threads. Threads that work on one batch meet
-    at every operator, and wait there for the one whose core a decoder has taken; lanes wait for nobody.
+    at every operator, and wait there for the one whose core a decoder has taken; lanes wait for nobody. As many batches
+    again are ready for them, so that none stands still while an earlier batch is waited for.
 
     Yields:
         One batch at a time: (label, float32 [D] of unit norm) for each of its clips.

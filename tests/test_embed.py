@@ -77,15 +77,14 @@ def test_clips_are_embedded_as_they_come(tiny_model: VideoTextModel, lanes: int)
     read = []
 
     def clips():
-        for label, tokens in enumerate(clips_of(tiny_model, [0, 0, 0, 0])):
+        for label, tokens in enumerate(clips_of(tiny_model, [0] * 8)):
             read.append(label)
             yield label, tokens
 
     batches = embed_clips(tiny_model, clips(), LoaderOptions(token_budget=64, num_threads=lanes))
     next(batches)
-    assert (
-        len(read) == 1 + lanes + 1
-    )  # the batch that came, those in the lanes, the clip that closed the last one
+    # The batch that came, those in the lanes, as many that wait for one, the clip that closed the last one.
+    assert len(read) == 1 + lanes + lanes + 1
     batches.close()
 
 
