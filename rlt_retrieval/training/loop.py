@@ -90,12 +90,13 @@ def train(
     """
     ranks = join_ranks(device)
     try:
-        return _train(recipe, ranks, num_threads, on_step)
+        set_num_threads(num_threads, recipe.data.num_workers, ranks.device)
+        return _train(recipe, ranks, on_step)
     finally:
         leave_ranks(ranks)
 
 
-def _train(recipe: Recipe, ranks: Ranks, num_threads: int | None, on_step: OnStep) -> TrainResult:
+def _train(recipe: Recipe, ranks: Ranks, on_step: OnStep) -> TrainResult:
     run = Path(recipe.run_dir)
     claim_run(run, recipe, ranks)
 
@@ -105,8 +106,6 @@ def _train(recipe: Recipe, ranks: Ranks, num_threads: int | None, on_step: OnSte
     dataset = read_training_dataset(shards, recipe.optim.loss)
     max_bad = recipe.data.max_bad_fraction
     failures = FailureLog(run / f"failures{_suffix(ranks)}.jsonl", max_bad)
-    if ranks.device.type == "cpu":
-        set_num_threads(num_threads, recipe.data.num_workers)
 
     # model, optimiser
     model = create_model(recipe, ranks.device)
@@ -166,11 +165,13 @@ def _result(run: Path, ranks: Ranks) -> TrainResult:
     return TrainResult(model_folder(run), last, num_skipped, ranks.is_first)
 
 
-def set_num_threads(asked: int | None, num_workers: int) -> None:
-    """As many as asked for; else leave the cores that loader workers use to them, unless OMP_NUM_THREADS decides.
+def set_num_threads(asked: int | None, num_workers: int, device: torch.device) -> None:
+    """On a CPU, as many as asked for; else those of OMP_NUM_THREADS; else leave loader workers the cores they use.
 
     Threads of one pool meet at every operator, and wait there for the one whose core a worker has taken.
     """
+    if device.type != "cpu":
+        return
     if asked:
         torch.set_num_threads(asked)
     elif "OMP_NUM_THREADS" not in os.environ:

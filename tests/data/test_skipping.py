@@ -15,7 +15,6 @@ from rlt_retrieval.data.skipping import LOOKAHEAD_PACKETS, Astray, Ledger, Unsee
 
 class Packet(NamedTuple):
     pts: int | None
-    dts: int | None = None
     duration: int | None = 1
 
 

@@ -586,5 +586,6 @@ def test_workers_get_their_cores_unless_the_user_decides(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if environment:
         monkeypatch.setenv("OMP_NUM_THREADS", environment)
-    loop.set_num_threads(asked, num_workers=1)
+    for device in ("cpu", "cuda"):
+        loop.set_num_threads(asked, num_workers=1, device=torch.device(device))
     assert threads == expected
