@@ -4,10 +4,11 @@
 
 `decode_clip` takes 16 frames at 224 px (ViT-B/16's preprocessing) and decodes with one thread, as loader workers do.
 The bare loop is timed with one thread, with PyAV's default (slice threads) and with frame threads. Judged are wall time
-with one thread each; CPU time beside the loop that takes least of it (with a file for every core, as when a folder is
-indexed, the least CPU time is the shortest wall time); and one file alone on an idle machine beside the loop's fastest
-threads. Short files are made on the spot, one a codec and size; --videos adds the first 10 s of every video of a
-folder. From a 10-minute file few frames are wanted, so we seek: the loop decodes it whole.
+with one thread each; CPU time beside the loop that takes least of it; all files on all cores, ours by the product's own
+pool with a worker a core (started before), the loop file by file with the threads that are fastest for each; and one
+file alone on an idle machine beside the loop's fastest threads. Short files are made on the spot, one a codec and size;
+--videos adds the first 10 s of every video of a folder. From a 10-minute file few frames are wanted, so we seek: the
+loop decodes it whole.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ import av
 import numpy as np
 from measuring import SECONDS, Run, alternated, publish, script_parser, verdict, videos
 
+from rlt_retrieval.config import num_cores
+from rlt_retrieval.data.loading import decode_frames
 from rlt_retrieval.data.reader import Reader
 from rlt_retrieval.data.video import FrameTransform, decode_clip
+from rlt_retrieval.data.workers import Failure, WorkerPool
 
 BAR = 1.1  # of the bare loop, on sums
 LONG_BAR = 0.2  # of the bare loop's time and frames
@@ -39,6 +43,8 @@ CODECS = {  # encoder: its quick settings
 }
 SHORT_SIZES, SHORT_FRAMES = ((360, 640), (720, 1280)), 150
 LONG_SIZE, LONG_FRAMES, LONG_KEY_FRAMES = (120, 160), 600 * FPS, 5 * FPS
+TRANSFORM = FrameTransform(224, 224)
+TIMEOUT_SECONDS = 60.0
 THREADS = {"one thread": ("NONE", 1), "slice threads": ("SLICE", 0), "frame threads": ("AUTO", 0)}
 
 
@@ -103,7 +109,7 @@ def bare_loop(path: Path, threads: str, end_seconds: float | None = None) -> int
 
 
 def our_decode(path: Path, num_frames: int, end_seconds: float | None = None) -> None:
-    decode_clip(path, num_frames=num_frames, transform=FrameTransform(224, 224), end_seconds=end_seconds)
+    decode_clip(path, num_frames=num_frames, transform=TRANSFORM, end_seconds=end_seconds)
 
 
 def frames_we_decode(path: Path, num_frames: int, end_seconds: float | None = None) -> int:
@@ -135,6 +141,35 @@ def measure(path: Path, num_frames: int, repeats: int, end_seconds: float | None
     return Case(path.name, picture, times, cpu_times, bare_frames, our_frames)
 
 
+def measure_folder(
+    paths: Sequence[Path],
+    cases: Sequence[Case],
+    num_frames: int,
+    repeats: int,
+    end_seconds: float | None = None,
+) -> dict[str, float]:
+    """Wall seconds of all files on all cores: "ours", and "bare", file by file; cases: the same files, one by one."""
+    loops = [(path, fastest(case)) for path, case in zip(paths, cases, strict=True)]
+    tasks = [(str(path), num_frames, TRANSFORM, 0.0, end_seconds) for path in paths]
+
+    def ours() -> None:
+        for event in pool.run(decode_frames, tasks):
+            assert not isinstance(event, Failure), event
+
+    def bare() -> None:
+        for path, threads in loops:
+            bare_loop(path, threads, end_seconds)
+
+    with WorkerPool(num_cores(), TIMEOUT_SECONDS) as pool:
+        ours()
+        return alternated({"ours": ours, "bare": bare}, repeats)
+
+
+def fastest(case: Case) -> str:
+    """The bare loop's threads that take the least wall time."""
+    return min(THREADS, key=lambda name: case.times[name])
+
+
 # --- the result -------------------------------------------------------------------------------------------------
 
 
@@ -161,22 +196,21 @@ def table(cases: Sequence[Case]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def verdicts(short: Sequence[Case], long: Case) -> Iterator[str]:
-    """The promises: for every sum over short files wall and CPU time, then the long file."""
-    for case in short:
+def verdicts(short: Sequence[tuple[Case, dict[str, float]]], long: Case) -> Iterator[str]:
+    """The promises: for sums over short files, with the seconds of them all on all cores, and for the long file."""
+    for case, folder in short:
         name = case.name.strip("*")
         share = case.times["ours"] / case.times["one thread"]
         yield verdict(f"{name}: ours / bare loop, one thread each", share, BAR)
         least = min(THREADS, key=lambda name: case.cpu_times[name])
         share = case.cpu_times["ours"] / case.cpu_times[least]
         yield verdict(f"{name}: CPU time, ours / bare loop, {least} (its least)", share, BAR)
-        fastest = min(THREADS, key=lambda name: case.times[name])
-        share = case.times["ours"] / case.times[fastest]
-        yield verdict(f"{name}: one file alone, ours (one thread) / bare loop, {fastest}", share, BAR)
-    fastest = min(THREADS, key=lambda name: long.times[name])
-    yield verdict(
-        f"{long.name}: time, ours / bare loop, {fastest}", long.times["ours"] / long.times[fastest], LONG_BAR
-    )
+        share = folder["ours"] / folder["bare"]
+        yield verdict(f"{name}: all cores, ours (a worker each) / bare loop, its fastest threads", share, BAR)
+        share = case.times["ours"] / case.times[fastest(case)]
+        yield verdict(f"{name}: one file alone, ours (one thread) / bare loop, {fastest(case)}", share, BAR)
+    share = long.times["ours"] / long.times[fastest(long)]
+    yield verdict(f"{long.name}: time, ours / bare loop, {fastest(long)}", share, LONG_BAR)
     yield verdict(
         f"{long.name}: frames decoded, ours / bare loop", long.our_frames / long.bare_frames, LONG_BAR
     )
@@ -189,15 +223,18 @@ def main() -> None:
     options = parser.parse_args()
     asked = (options.num_frames, options.repeats)
     with tempfile.TemporaryDirectory() as folder:
-        made = [measure(path, *asked) for path in made_files(Path(folder))]
+        paths = list(made_files(Path(folder)))
+        made = [measure(path, *asked) for path in paths]
+        sums = [(total(made, "made files"), measure_folder(paths, made, *asked))]
         path = Path(folder) / "10 minutes.mp4"
         write_video(path, "libx264", LONG_SIZE, LONG_FRAMES, LONG_KEY_FRAMES)
         long = measure(path, *asked)
-    sums, found = [total(made, "made files")], []
+    found = []
     if options.videos:
-        found = [measure(path, *asked, SECONDS) for path in videos(options.videos, everything=True)]
-        sums.append(total(found, "real files"))
-    text = table([*made, *found, *sums, long])
+        paths = videos(options.videos, everything=True)
+        found = [measure(path, *asked, SECONDS) for path in paths]
+        sums.append((total(found, "real files"), measure_folder(paths, found, *asked, SECONDS)))
+    text = table([*made, *found, *(case for case, _ in sums), long])
     lines = "\n".join(f"- {line}" for line in verdicts(sums, long))
     publish("decode", f"Sampled decode of {options.num_frames} frames", f"{text}\n\n{lines}", options.save)
 
