@@ -2,7 +2,8 @@
 
     python benchmarks/batching.py [--backbone ViT-S-16] [--num-frames 8] [--num-clips 18] [--whole-clips 2]
 
-Clips with planted shares of noise, SHARES in turn, shuffled. The budget is what --whole-clips clips have with every
+Films with planted shares of noise, SHARES in a shuffled order, of WINDOWS clips each: those of a film move alike, and
+come one after the other, as when a folder is indexed. The budget is what --whole-clips clips have with every
 token kept. "same memory" is the fixed number whose largest batch would stay within it: --whole-clips. "same mean" gives
 as many batches as the budget does. Inference is `embed_clips` in one thread; training is one step of the
 product's own loop (gradient caching joins the micro-batches: all three give the same gradients), AdamW's moments held
@@ -36,6 +37,7 @@ from rlt_retrieval.encoders.packing import VideoTokens
 from rlt_retrieval.eval.report import aligned_table
 
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
+WINDOWS = 3
 SLACK = 1.03
 CUTS = {
     "embed": "rlt_retrieval.embed.batches_by_budget",
@@ -56,9 +58,10 @@ class Way:
 
 
 def mixed_clips(model: VideoTextModel, num_clips: int) -> list[VideoTokens]:
-    """Tokens of clips whose motion goes through SHARES, in a shuffled order."""
+    """Tokens of clips, film after film, whose motion goes through SHARES in a shuffled order."""
     rng = np.random.default_rng(0)
-    shares = rng.permutation([SHARES[index % len(SHARES)] for index in range(num_clips)])
+    films = rng.permutation([SHARES[index % len(SHARES)] for index in range(math.ceil(num_clips / WINDOWS))])
+    shares = films.repeat(WINDOWS)[:num_clips]
     side, patch = model.transform.height, model.video.tower.patch_size
     num_frames = model.config.video.num_frames
     return [model.tokenizer(planted_clip(share, num_frames, side, patch, rng)) for share in shares]

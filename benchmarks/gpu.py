@@ -8,11 +8,12 @@
     3  a training step, the same; compiled, checkpointed  7  FAISS on the GPU against the CPU
     4  tokenizing frames that are on the GPU
 
-A case that fails or lacks its package is a line with the reason. With --quick a part stops after its share of the time;
-what it leaves out is a line too. Random weights and clips with a planted share of noise: this measures cost, never
-quality. Times are medians of CUDA events around groups of calls, warmed up, baselines in turns with ours; model FLOPs
-are counted by rlt_retrieval/bench/costs.py (a training step is three times the forward pass, without recomputation).
---out writes gpu.json after every part, so that nothing is lost when a run is cut short.
+A case that fails or lacks its package is a line with the reason. With --quick a part starts no case after its share of
+the time, nor any part after QUICK_SECONDS in all; what is left out is a line too. Random weights and clips with a
+planted share of noise: this measures cost, never quality. Times are medians of CUDA events around groups of calls,
+warmed up, baselines in turns with ours; model FLOPs are counted by rlt_retrieval/bench/costs.py (a training step is
+three times the forward pass, without recomputation).
+--out writes gpu.json after every case, so that nothing is lost when a run is cut short.
 """
 
 from __future__ import annotations
@@ -36,17 +37,18 @@ from rlt_retrieval.bench.report import surroundings
 from rlt_retrieval.data.files import make_folder, write_whole
 from rlt_retrieval.eval.report import aligned_table
 
-# What answers each part, and for how many seconds it may start cases with --quick. Training comes last: a case that
-# compiles takes a minute beyond them.
+# What answers each part, and for how many seconds it may start cases with --quick. Training comes late: a case that
+# compiles takes a minute beyond them. Our own kernels come last: after a fault in one, this process has no GPU.
 PARTS: dict[int, tuple[Callable[[Bench], Iterator[Case]], float]] = {
     1: (ceilings, 15),
     2: (encode, 90),
-    4: (tokenize, 40),
     5: (attention, 40),
     6: (transfer, 15),
     7: (search, 60),
     3: (train, 120),
+    4: (tokenize, 40),
 }
+QUICK_SECONDS = 430.0  # then no case starts; a compilation under way ends within 8 minutes
 TITLES = {
     1: "ceilings",
     2: "encode",
@@ -58,20 +60,22 @@ TITLES = {
 }
 
 
-def measured(part: int, bench: Bench, is_quick: bool) -> Iterator[Row]:
-    """The rows of a part; whatever goes wrong in a case is its note."""
-    cases, budget_seconds = PARTS[part]
-    deadline = time.monotonic() + (budget_seconds if is_quick else math.inf)
+def measured(part: int, bench: Bench, seconds_left: float) -> Iterator[Row]:
+    """The rows of a part, whose cases start within `seconds_left`; whatever goes wrong in a case is its note."""
+    cases, _ = PARTS[part]
+    deadline = time.monotonic() + seconds_left
     for name, measure in cases(bench):
         if time.monotonic() > deadline:
-            yield Row(part, name, note=f"left out: the {budget_seconds:g} s of part {part} are over")
+            yield Row(
+                part, name, note=f"left out: the {max(0.0, seconds_left):.0f} s of part {part} are over"
+            )
             continue
         try:
+            if bench.is_cuda:
+                torch.cuda.empty_cache()
             yield measure()
         except Exception as error:  # a benchmark of many things must not end with one of them
             yield Row(part, name, note=f"failed: {reason(error)}")
-        if bench.is_cuda:
-            torch.cuda.empty_cache()
 
 
 def reason(error: Exception) -> str:
@@ -83,10 +87,13 @@ def as_text(rows: list[Row]) -> str:
     """One table, then one line an aim."""
     cells = [["part", "case", "figures", "note"]]
     for row in rows:
-        figures = ", ".join(f"{name} {number(value)}" for name, value in row.figures.items())
-        cells.append([f"{row.part} {TITLES[row.part]}", row.case, figures, row.note])
+        cells.append([f"{row.part} {TITLES[row.part]}", row.case, figures_text(row), row.note])
     lines = [judged(aim) for row in rows for aim in row.aims]
     return "\n".join([*aligned_table(cells), "", *(f"- {line}" for line in lines)])
+
+
+def figures_text(row: Row) -> str:
+    return ", ".join(f"{name} {number(value)}" for name, value in row.figures.items())
 
 
 def number(value: float) -> str:
@@ -110,21 +117,22 @@ def as_json(rows: list[Row], is_tiny: bool) -> bytes:
 def main(arguments: list[str] | None = None) -> list[Row]:
     options = parse(arguments)
     bench = Bench(torch.device(options.device), TINY if options.tiny else FULL)
-    rows: list[Row] = []
+    started, rows = time.monotonic(), list[Row]()
     for part in options.parts:
-        for row in measured(part, bench, options.quick):
-            print(f"{part} {row.case}: {row.note or 'done'}", flush=True)
+        left = QUICK_SECONDS - (time.monotonic() - started)
+        for row in measured(part, bench, min(PARTS[part][1], left) if options.quick else math.inf):
+            print(f"{part} {row.case}: {figures_text(row)} {row.note}", flush=True)
             rows.append(row)
-        if options.out:
-            keep(options.out / "gpu.json", as_json(rows, options.tiny))
+            if options.out:
+                keep(options.out / "gpu.json", as_json(rows, options.tiny))
     rows.sort(key=lambda row: row.part)
     note = "Tiny sizes: the times mean nothing.\n\n" if options.tiny else ""
     text = note + as_text(rows)
+    if options.out:
+        keep(options.out / "gpu.md", text.encode())
     publish("gpu", "What the GPU does", text, options.save)
     if options.save:
         keep(result_path("gpu", "json"), as_json(rows, options.tiny))
-    if options.out:
-        keep(options.out / "gpu.md", text.encode())
     return rows
 
 

@@ -54,12 +54,12 @@ class Sizes:
     """How large everything is."""
 
     backbones: Mapping[str, Any]
+    clips: Mapping[str, int]  # of a backbone: as many as keep the card busy when few tokens are kept
+    train_clips: Mapping[str, int]
     num_frames: int = 16
-    clips: int = 16
-    train_clips: int = 8
     matmul_side: int = 8192
     copy_bytes: int = 1 << 30
-    tokenizer_clips: int = 128
+    tokenizer_clips: int = 256
     heads: int = 12
     attended_frames: int = 128
     attended_clip: int = 1568  # half the tokens of a clip
@@ -70,7 +70,11 @@ class Sizes:
     batches: tuple[int, ...] = (1, 64, 1024)
 
 
-FULL = Sizes({"ViT-B-16": "ViT-B-16", "ViT-L-14": "ViT-L-14"})
+FULL = Sizes(
+    {"ViT-B-16": "ViT-B-16", "ViT-L-14": "ViT-L-14"},
+    clips={"ViT-B-16": 64, "ViT-L-14": 16},
+    train_clips={"ViT-B-16": 32, "ViT-L-14": 8},
+)
 TINY = Sizes(
     {
         "tiny": {
@@ -79,9 +83,9 @@ TINY = Sizes(
             "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
         }
     },
+    clips={"tiny": 2},
+    train_clips={"tiny": 2},
     num_frames=4,
-    clips=2,
-    train_clips=2,
     matmul_side=64,
     copy_bytes=1 << 12,
     tokenizer_clips=2,
@@ -104,7 +108,7 @@ class Bench:
         self.flops_ceiling: float | None = None
         self.copy_ceiling: float | None = None  # bytes read and written a second
         self.encode_seconds: float | None = None  # a clip: first backbone, layout frame, keep 0.5
-        self.fastest_dense: dict[tuple[str, str], str] = {}
+        self.fastest_dense: dict[tuple[str, str], tuple[str, str]] = {}  # by flash attention, by any kernel
 
     @property
     def is_cuda(self) -> bool:
@@ -116,8 +120,8 @@ class Bench:
         return "inductor" if self.is_cuda else "eager"
 
     @property
-    def patch(self) -> int:
-        return self.model(next(iter(self.sizes.backbones)), "frame").video.tower.patch_size
+    def first_backbone(self) -> str:
+        return next(iter(self.sizes.backbones))
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (one Bench a process)
     def model(self, name: str, layout: str) -> VideoTextModel:
@@ -147,14 +151,12 @@ class Bench:
         return (pixels - model.video.pixel_mean) / model.video.pixel_std
 
     def packed(self, model: VideoTextModel, frames_BTCHW: Tensor) -> PackedTokens:
-        """`clips` as loader workers make them, in memory that copies to the device without a stop."""
-        return self.pinned(pack([model.tokenizer(frames_BTCHW[0])] * len(frames_BTCHW)))
+        """`clips` as loader workers make them, on the host."""
+        return pack([model.tokenizer(frames_BTCHW[0])] * len(frames_BTCHW))
 
-    def pinned(self, packed: PackedTokens) -> PackedTokens:
-        if not self.is_cuda:
-            return packed
-        names = ("patches", "positions", "run_lengths", "cu_seqlens")
-        return replace(packed, **{name: getattr(packed, name).pin_memory() for name in names})
+    def resident(self, packed: PackedTokens) -> PackedTokens:
+        """Patches on the device, as the dense pixels are; the small rest on the host, where plans are made."""
+        return replace(packed, patches=packed.patches.to(self.device))
 
     def seconds(self, runs: Mapping[str, Run], repeats: int = 5) -> dict[str, float]:
         """Median seconds a call of each, warmed up, in turns; calls follow each other as fast as they can."""

@@ -1,6 +1,6 @@
 """A training step on pruned clips against the same step on all their tokens.
 
-    python benchmarks/train_step.py [--videos my_videos/] [--backbone ViT-B-16] [--num-frames 8] [--layouts frame joint]
+    python benchmarks/train_step.py [--videos my_videos/] [--backbone ViT-B-16] [--num-frames 16] [--batch-size 2]
 
 The product's own `train_step`: both towers forward, InfoNCE, backward, clipping, AdamW; fp32, random weights, one
 micro-batch. Pruned and dense (reducer "none") take the same clips, captions, model and optimizer in turns. Without
@@ -234,8 +234,8 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--videos", type=Path)
     parser.add_argument("--backbone", default="ViT-B-16")
-    parser.add_argument("--num-frames", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--num-frames", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     run(parser.parse_args())
 

@@ -40,6 +40,7 @@ Result = TypeVar("Result")
 TEXT_BATCH = 256
 PREFETCHED_CLIPS = 16
 LANES = 4  # batches that a CPU encodes at once, at most: each holds its own activations
+GPU_LANES = 2  # while a GPU computes one batch, the host packs and plans the next
 CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET = 1024, 16384  # larger batches are slower on a CPU
 # Any aspect whole on one small picture, with bars where it is not 16:9.
 THUMBNAIL = FrameTransform(90, 160, resize_mode="longest")
@@ -107,7 +108,8 @@ def embed_clips(
 
     A CPU encodes up to LANES batches at once, each with its share of the threads. Threads that work on one batch meet
     at every operator, and wait there for the one whose core a decoder has taken; lanes wait for nobody. As many batches
-    again are ready for them, so that none stands still while an earlier batch is waited for.
+    again are ready for them, so that none stands still while an earlier batch is waited for. For a GPU, GPU_LANES
+    threads of the host take turns.
 
     Yields:
         One batch at a time: (label, float32 [D] of unit norm) for each of its clips.
@@ -115,7 +117,7 @@ def embed_clips(
     on_cpu = model.device.type == "cpu"
     token_budget = options.token_budget or (CPU_TOKEN_BUDGET if on_cpu else GPU_TOKEN_BUDGET)
     num_threads = options.num_threads or torch.get_num_threads()
-    num_lanes = min(num_threads, LANES)
+    num_lanes = min(num_threads, LANES) if on_cpu else GPU_LANES
 
     def embed(batch: list[tuple[Label, VideoTokens]]) -> list[tuple[Label, np.ndarray]]:
         with torch.inference_mode():
@@ -123,11 +125,9 @@ def embed_clips(
         return [(label, z_D) for (label, _), z_D in zip(batch, z_BD, strict=True)]
 
     batches = batches_by_budget(clips, lambda labelled: model.video.num_rows(labelled[1]), token_budget)
-    if not on_cpu:
-        yield from map(embed, batches)
-        return
     # Set in the lanes themselves: the number of threads belongs to the thread that asks for it.
-    with ThreadPoolExecutor(num_lanes, "encode", torch.set_num_threads, (num_threads // num_lanes,)) as pool:
+    lane_threads = max(1, num_threads // num_lanes)
+    with ThreadPoolExecutor(num_lanes, "encode", torch.set_num_threads, (lane_threads,)) as pool:
         yield from _in_order(pool, embed, batches, 2 * num_lanes)
 
 

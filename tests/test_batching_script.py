@@ -64,8 +64,9 @@ def test_the_page_judges_the_budget_against_both() -> None:
     assert page.count("reached") == 4
 
 
-def test_motion_differs_from_clip_to_clip() -> None:
-    trainer = tiny_trainer()
-    kept = [len(tokens) for tokens in batching.mixed_clips(trainer.model, 6)]
+def test_motion_differs_from_film_to_film() -> None:
+    trainer, count = tiny_trainer(), batching.WINDOWS * len(batching.SHARES)
+    kept = [len(tokens) for tokens in batching.mixed_clips(trainer.model, count)]
+    assert kept[:: batching.WINDOWS] == kept[batching.WINDOWS - 1 :: batching.WINDOWS]
     assert min(kept) < 0.4 * max(kept)
     assert max(kept) == pytest.approx(64)

@@ -116,7 +116,7 @@ def test_a_padded_batch_gives_the_same_clips(layout: str, multiple: int) -> None
     model = small_model(layout=layout)
     packed = pack([model.tokenizer(repeating_frames(6, 0.3, seed)) for seed in range(3)])
     padded = gpu_model_parts.padded(packed, multiple)
-    assert padded.num_tokens % multiple == 0
+    assert multiple == 1 or (padded.num_tokens + len(padded)) % multiple == 0
     assert padded.num_tokens == int(padded.cu_seqlens[-1])
     with torch.inference_mode():
         expected = model.encode_tokens(packed)

@@ -132,6 +132,15 @@ def _patch_pixels(frames, clip, first_frame, y, x, num_frames, height, width, PA
 
 
 @triton.jit
+def _weighted_sum(difference, counted, channel, weight_0, weight_1, weight_2):
+    """Sum over what is counted, each channel by its weight: a channel's sum fits 32 bits, the weighted one does not."""
+    sum_0 = tl.sum(tl.where(counted & (channel == 0), difference, 0)).to(tl.int64)
+    sum_1 = tl.sum(tl.where(counted & (channel == 1), difference, 0)).to(tl.int64)
+    sum_2 = tl.sum(tl.where(counted & (channel == 2), difference, 0)).to(tl.int64)
+    return sum_0 * weight_0 + sum_1 * weight_1 + sum_2 * weight_2
+
+
+@triton.jit
 def _mark_kernel(
     frames,
     kept,
@@ -163,7 +172,6 @@ def _mark_kernel(
     element = tl.arange(0, BLOCK)
     inside = element < COMPARED * 3 * PATCH * PATCH
     channel = element // (PATCH * PATCH) % 3
-    weight = tl.where(channel == 0, weight_0, tl.where(channel == 1, weight_1, weight_2)).to(tl.int64)
     frame = element // (PATCH * PATCH * 3)
 
     start = tl.load(starts + place)
@@ -183,10 +191,11 @@ def _mark_kernel(
         later_frame = t * TUBELET + TUBELET - COMPARED
         pointers = _patch_pixels(frames, clip, later_frame, y, x, num_frames, height, width, PATCH, element)
         later = tl.load(pointers, mask=inside, other=0).to(tl.int32)
-        difference = tl.abs(later - held) * weight
-        largest = tl.sum(tl.where(frame == 0, difference, 0))
+        difference = tl.abs(later - held)
+        largest = _weighted_sum(difference, frame == 0, channel, weight_0, weight_1, weight_2)
         if COMPARED == 2:
-            largest = tl.maximum(largest, tl.sum(tl.where(frame == 1, difference, 0)))
+            second = _weighted_sum(difference, frame == 1, channel, weight_0, weight_1, weight_2)
+            largest = tl.maximum(largest, second)
         is_kept = largest > limit
         tl.store(runs + mine + start * cells, t - start, mask=is_kept)
         tl.store(kept + mine + t * cells, 1, mask=is_kept)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlt_retrieval.config import VideoSettings
-from rlt_retrieval.encoders.packing import PackedTokens, covering_tokens
+from rlt_retrieval.encoders.packing import PackedTokens, covering_tokens, to_device
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class LayoutPlan:
     owner: Tensor | None = None
 
     def to(self, device: torch.device) -> LayoutPlan:
-        """The same plan on another device."""
+        """The same plan on another device; the copy to a GPU waits for nothing that the GPU still does."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {
-            name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
+            name: to_device(value, device) for name, value in values.items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 

@@ -90,11 +90,21 @@ class PackedTokens:
 
     def to(self, device: torch.device | str) -> PackedTokens:
         """The same tokens on another device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("patches", "positions", "run_lengths", "cu_seqlens")
-        }
-        return replace(self, **moved)
+        device = torch.device(device)
+        return replace(
+            self,
+            patches=to_device(self.patches, device),
+            positions=to_device(self.positions, device),
+            run_lengths=to_device(self.run_lengths, device),
+            cu_seqlens=to_device(self.cu_seqlens, device),
+        )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. From the host to a GPU the copy is queued like a kernel, which needs pinned memory."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def pack(clips: Sequence[VideoTokens], clip_seeds: Sequence[int] = ()) -> PackedTokens:

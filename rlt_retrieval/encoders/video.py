@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from rlt_retrieval.config import VideoSettings
 from rlt_retrieval.encoders.attention import Backend, attend_biased, attend_rows
 from rlt_retrieval.encoders.layouts import LayoutPlan, frame_plan, joint_plan
-from rlt_retrieval.encoders.packing import Grid, PackedTokens, VideoTokens
+from rlt_retrieval.encoders.packing import Grid, PackedTokens, VideoTokens, to_device
 from rlt_retrieval.encoders.reducers import make_network_reducer, reduced_grid
 from rlt_retrieval.encoders.towers import adapt_tower
 
@@ -87,7 +87,8 @@ class VideoEncoder(nn.Module):
         if self.settings.layout != "frame":
             raise ValueError("layout 'joint' has no embedding a frame; create the model with layout='frame'")
         z_SD, plan = self._encode_sequences(packed)
-        z_FD = z_SD.repeat_interleave(plan.sequence_weights.long(), 0)
+        num_frames = sum(grid[0] for grid in packed.grids)
+        z_FD = z_SD.repeat_interleave(plan.sequence_weights.long(), 0, output_size=num_frames)
         return list(z_FD.split([grid[0] for grid in packed.grids]))
 
     def _encode_sequences(self, packed: PackedTokens) -> tuple[Tensor, LayoutPlan]:
@@ -98,7 +99,7 @@ class VideoEncoder(nn.Module):
         x_RD = self._embed(packed, plan)
         rotary_ME = self._rotary_of_tokens(packed)
         for index, block in enumerate(self.tower.blocks):
-            scales_PB = None if scales_LPB is None else scales_LPB[index].to(device)
+            scales_PB = None if scales_LPB is None else to_device(scales_LPB[index], device)
             run_block = functools.partial(self._run_block, block, index, plan, rotary_ME, scales_PB)
             if self.gradient_checkpointing and self.training:
                 x_RD, plan = checkpoint(run_block, x_RD, use_reentrant=False)
@@ -216,8 +217,8 @@ class VideoEncoder(nn.Module):
         clip_lengths_B = torch.tensor([grid[0] for grid in packed.grids])
         device = packed.positions.device
         clip_N = torch.repeat_interleave(packed.cu_seqlens.diff().long(), output_size=packed.num_tokens)
-        start_N = clip_starts_B.to(device)[clip_N]
-        length_N = clip_lengths_B.to(device)[clip_N]
+        start_N = to_device(clip_starts_B, device)[clip_N]
+        length_N = to_device(clip_lengths_B, device)[clip_N]
         time_N = packed.positions[:, 0].long()
         run_N = torch.minimum(packed.run_lengths.long(), length_N)  # a moved token may stand for more cells
         return tables.index_select(0, start_N + time_N) + tables.index_select(

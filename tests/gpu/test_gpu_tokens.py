@@ -65,5 +65,5 @@ def test_the_fused_tokenizer_waits_for_the_device_once(every: int) -> None:
             tokenize_on_device(frames_BTCHW, tokenizer)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [str(warning.message) for warning in caught if "synchronizing" in str(warning.message)]
+    waits = [str(warning.message) for warning in caught if "called a synchronizing" in str(warning.message)]
     assert len(waits) == 1, waits
