@@ -75,7 +75,9 @@ def search_times(path: Path, z_ND: np.ndarray, repeats: int) -> dict[int, dict[s
             runs: dict[str, Run] = {
                 "faiss": lambda queries_QD=queries_QD: flat.search(queries_QD, K),  # type: ignore[misc]
                 "ours": lambda queries_QD=queries_QD: index.search_vectors(queries_QD, K),  # type: ignore[misc]
-                "text": lambda batch=batch: embed_texts(texts, ["opens the fridge door"] * batch),  # type: ignore[misc]
+                "text": lambda batch=batch: embed_texts(  # type: ignore[misc]
+                    texts, [f"opens the {number} door of the fridge" for number in range(batch)]
+                ),
             }
             times[batch] = alternated(runs, repeats)
     return times

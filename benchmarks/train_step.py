@@ -10,13 +10,14 @@ it holds them all, neighbours together in a batch.
 The whole step is judged, on sums over the batches that keep at most JUDGED_SHARE; every batch is listed. The text tower
 and the optimizer cost the same however many tokens are kept: their times alone are listed, and the rest of each step as
 the video part. Peak memory is that of the process above what it held before the step (weights and AdamW's moments, no
-gradients), in a step of its own after the timed ones.
+gradients), in a step of its own before the timed ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,19 +147,19 @@ def batches(options: argparse.Namespace, model: VideoTextModel) -> Iterator[tupl
 
 
 def measured(trainer: Trainer, name: str, frames: Batch, repeats: int) -> Case:
-    """Times in turns after a step of each to warm up, then peak memory."""
+    """Peak memory in a first step of each, which warms up, then times in turns."""
     steps = trainer.tokenized(frames)
     runs: dict[str, Run] = {
         kind: lambda batch=batch: trainer.step(batch)  # type: ignore[misc]
         for kind, batch in steps.items()
     }
-    for run in runs.values():
-        run()
-    seconds = alternated(runs, repeats)
+    if not trainer.optimizer.state:
+        runs["pruned"]()  # makes AdamW's moments
     peaks = {}
     for kind, run in runs.items():
         trainer.optimizer.zero_grad(set_to_none=True)
         _, peaks[kind] = peak_bytes(run, trainer.device)
+    seconds = alternated(runs, repeats)
     num_tokens = {kind: sum(len(clip.tokens) for clip in batch.clips) for kind, batch in steps.items()}
     keep = num_tokens["pruned"] / num_tokens["dense"]
     return Case(name, trainer.recipe.video.layout, keep, seconds, peaks)
@@ -221,7 +222,9 @@ def run(options: argparse.Namespace) -> None:
     fixed = {}
     for layout in options.layouts:
         trainer = Trainer(recipe_of(options, layout))
-        cases += [measured(trainer, *batch, options.repeats) for batch in batches(options, trainer.model)]
+        for batch in batches(options, trainer.model):
+            cases.append(measured(trainer, *batch, options.repeats))
+            print(cases[-1], file=sys.stderr, flush=True)
         fixed[layout] = fixed_seconds(trainer, options.repeats)
     text = (
         f"{options.backbone}, {options.num_frames} frames, batches of {options.batch_size}; medians of "

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlt_retrieval.encoders.packing import VideoTokens, covering_tokens
+from rlt_retrieval.encoders.packing import VideoTokens, covering_tokens, pack
 from rlt_retrieval.errors import MetricsError
 from rlt_retrieval.eval.protocols import fine_inner_products
 
@@ -72,6 +72,6 @@ def copied_forward(tokens: VideoTokens) -> Tensor:
         uint8 [T' t, 3, H' P, W' P], where the tokens are. What was a whole frame stays bit by bit.
     """
     t, height, width = tokens.grid
-    cells_thwucpp = tokens.patches[covering_tokens(tokens.positions, tokens.grid, tokens.covering)]
+    cells_thwucpp = tokens.patches[covering_tokens(pack([tokens]))[0]]
     _, _, _, u, c, p, _ = cells_thwucpp.shape
     return cells_thwucpp.permute(0, 3, 4, 1, 5, 2, 6).reshape(t * u, c, height * p, width * p)

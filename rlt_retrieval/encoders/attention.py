@@ -22,6 +22,11 @@ from rlt_retrieval.encoders.layouts import LayoutPlan
 Backend = Literal["auto", "sdpa", "torch", "flash_attn"]
 _HEAD_SIZE_MULTIPLE = 8  # flash kernels take head sizes that are multiples of 8
 
+# What scaled_dot_product_attention runs on a CPU: q, k, v to (out, logsumexp), and back from (grad, q, k, v, out,
+# logsumexp).
+_CPU_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
 logger = logging.getLogger(__name__)
 
 
@@ -61,10 +66,15 @@ def attend_rows(
     """Attention of each sequence's rows over the keys that its plan names (with their bias): [R, N, H].
 
     Where keys are chosen rows, neighbouring sequences of a clip share most of them. Kernels for packed sequences get
-    them copied out; one sequence at a time, only what changes is written into one buffer, which spares the memory
-    traffic of a whole frame's keys and values for each frame, and keeping all of them for the gradient.
+    them copied out; on a CPU, only what changes is written into one buffer, which spares the memory traffic of a whole
+    frame's keys and values for each frame, and keeping all of them for the gradient.
     """
-    if plan.key_rows is not None and plan.key_bias is None and _choose(backend, q_RNH) == "sdpa":
+    if (
+        plan.key_rows is not None
+        and plan.key_bias is None
+        and _choose(backend, q_RNH) == "sdpa"
+        and q_RNH.is_cpu
+    ):
         attended: Tensor = _UpdatedAttention.apply(q_RNH, k_RNH, v_RNH, plan)
         return attended
     if plan.key_rows is not None:
@@ -96,26 +106,32 @@ def attend_biased(
 
 
 class _UpdatedAttention(torch.autograd.Function):
-    """One sequence at a time over a buffer of keys and values that takes what changes; attends again for gradients."""
+    """On a CPU, one sequence at a time over a buffer of keys and values that takes what changes from the one before.
+
+    PyTorch's CPU kernel and its backward are called by themselves: what they need for gradients is a number a row and
+    head beside the output, and the buffers come back step by step.
+    """
 
     @staticmethod
     def forward(ctx: Any, q_RNH: Tensor, k_RNH: Tensor, v_RNH: Tensor, plan: LayoutPlan) -> Tensor:
-        ctx.plan = plan
-        ctx.save_for_backward(q_RNH, k_RNH, v_RNH)
         out_RNH = torch.empty_like(q_RNH)
         keys = k_RNH.new_empty(plan.max_k, *k_RNH.shape[1:])
         values = torch.empty_like(keys)
+        logsumexps = []
         for own, (places, rows) in zip(_slices(plan), plan.key_updates, strict=True):
             keys.index_copy_(0, places, k_RNH.index_select(0, rows))
             values.index_copy_(0, places, v_RNH.index_select(0, rows))
-            out_RNH[own] = _attend_one(q_RNH[own], keys, values)
+            out_1NTH, logsumexp_1NT = _CPU_KERNEL(*map(_heads_first, (q_RNH[own], keys, values)))
+            out_RNH[own] = out_1NTH[0].transpose(0, 1)
+            logsumexps.append(logsumexp_1NT[0].transpose(0, 1))
+        ctx.plan = plan
+        ctx.save_for_backward(q_RNH, k_RNH, v_RNH, out_RNH, torch.cat(logsumexps))
         return out_RNH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RNH: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        qkv: tuple[Tensor, Tensor, Tensor] = ctx.saved_tensors
-        q_RNH, k_RNH, v_RNH = qkv
+        q_RNH, k_RNH, v_RNH, out_RNH, logsumexp_RN = ctx.saved_tensors
         plan: LayoutPlan = ctx.plan
         q_grad = torch.empty_like(q_RNH)
         sums = [(kv_RNH, torch.zeros_like(kv_RNH)) for kv_RNH in (k_RNH, v_RNH)]
@@ -125,12 +141,12 @@ class _UpdatedAttention(torch.autograd.Function):
         pending = [torch.zeros_like(buffer) for buffer in buffers]
         steps = list(zip(_slices(plan), plan.key_updates, [None, *keys_SK[:-1]], strict=True))
         for own, (places, rows), before_K in reversed(steps):
-            q, keys, values = (part.detach().requires_grad_() for part in (q_RNH[own], *buffers))
-            with torch.enable_grad():
-                out = _attend_one(q, keys, values)
-            q_grad[own], *grads = torch.autograd.grad(out, (q, keys, values), grad_RNH[own])
+            inputs = (grad_RNH[own], q_RNH[own], *buffers, out_RNH[own])
+            logsumexp_1NT = logsumexp_RN[own].transpose(0, 1)[None]
+            q_part, *grads = _CPU_KERNEL_BACKWARD(*map(_heads_first, inputs), logsumexp_1NT, 0.0, False)
+            q_grad[own] = q_part[0].transpose(0, 1)
             for (kv_RNH, kv_grad), buffer, due, grad in zip(sums, buffers, pending, grads, strict=True):
-                due += grad
+                due += grad[0].transpose(0, 1)
                 kv_grad.index_add_(0, rows, due.index_select(0, places))
                 due.index_fill_(0, places, 0)
                 if before_K is not None:
@@ -145,9 +161,9 @@ def _slices(plan: LayoutPlan) -> list[slice]:
     return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
-def _attend_one(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
-    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q_TNH, k_TNH, v_TNH))
-    return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+def _heads_first(x_TNH: Tensor) -> Tensor:
+    """A batch of one sequence, as PyTorch's kernels take it: [1, N, T, H]."""
+    return x_TNH.transpose(0, 1)[None]
 
 
 def with_key_bias(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -143,53 +144,36 @@ def frame_plan(packed: PackedTokens, *, has_cls: bool = True) -> LayoutPlan:
     Its keys are its CLS and, for every cell of its grid, the token that stands for it, whichever frame that came with.
     A frame that keeps none is not computed: its embedding is the previous one's, and adds to its weight.
     """
-    offsets = packed.cu_seqlens.tolist()
-    counts: list[int] = []  # kept tokens of each frame that is computed
-    clips: list[int] = []
-    durations: list[Tensor] = []
-    key_tokens: list[Tensor] = []  # of each clip: [frames computed, C], counted over the batch
-    for clip, (start, end) in enumerate(itertools.pairwise(offsets)):
-        frame_N = packed.positions[start:end, 0].long()
-        computed_F, counts_F = frame_N.unique_consecutive(return_counts=True)
-        covering = covering_tokens(packed.positions[start:end], packed.grids[clip], packed.coverings[clip])
-        key_tokens.append(start + covering[computed_F].flatten(1))
-        counts += counts_F.tolist()
-        clips += [clip] * len(computed_F)
-        durations.append(torch.cat([computed_F, computed_F.new_tensor([packed.grids[clip][0]])]).diff())
-    return _with_keys(counts, clips, durations, key_tokens, packed, has_cls)
-
-
-def _with_keys(
-    counts: list[int],
-    clips: list[int],
-    durations: list[Tensor],
-    key_tokens: list[Tensor],
-    packed: PackedTokens,
-    has_cls: bool,
-) -> LayoutPlan:
     device, extra = packed.positions.device, int(has_cls)
-    sequence_N = torch.repeat_interleave(torch.tensor(counts, device=device), output_size=packed.num_tokens)
-    row_N = torch.arange(packed.num_tokens, device=device) + extra * (1 + sequence_N)
-    lengths = tuple(count + extra for count in counts)
+    frames_B = torch.tensor([grid[0] for grid in packed.grids], device=device)
+    longest = max(grid[0] for grid in packed.grids)  # frame t of clip b has the number b * longest + t
+    clip_N = torch.repeat_interleave(packed.cu_seqlens.diff().long(), output_size=packed.num_tokens)
+    counts_F = torch.bincount(clip_N * longest + packed.positions[:, 0], minlength=len(packed) * longest)
+    frame_S = counts_F.nonzero()[:, 0]
+    clip_S, counts_S = frame_S // longest, counts_F[frame_S]
+    ends_S = clip_S * longest + frames_B[clip_S]
+    next_S = torch.cat([frame_S[1:], ends_S[-1:]])
+    lengths = tuple((counts_S + extra).tolist())
     cu_q = _offsets(lengths, device)
+    sequence_N = torch.repeat_interleave(counts_S, output_size=packed.num_tokens)
+    row_N = torch.arange(packed.num_tokens, device=device) + extra * (1 + sequence_N)
     rows = torch.zeros(sum(lengths), dtype=torch.int64, device=device)
     rows[row_N] = torch.arange(1, packed.num_tokens + 1, device=device)
-    num_keys = key_tokens[0].shape[1] + extra  # a frame, for all clips have one grid size
+    num_cells = math.prod(packed.grids[0][1:])  # a frame, for all clips have one grid size
     key_rows = None
-    if num_keys * len(lengths) != len(rows):  # something was dropped
-        cls_rows = iter(cu_q[:-1].long().split([len(tokens) for tokens in key_tokens]))
-        parts = [torch.cat([next(cls_rows)[:, None][:, :extra], row_N[tokens]], 1) for tokens in key_tokens]
-        key_rows = torch.cat([part.flatten() for part in parts])
+    if packed.num_tokens != num_cells * len(lengths):  # something was dropped
+        covering_SC = covering_tokens(packed).reshape(-1, num_cells)[frame_S]
+        key_rows = torch.cat([cu_q[:-1].long()[:, None][:, :extra], row_N[covering_SC]], 1).flatten()
     return LayoutPlan(
         rows=rows,
         cu_q=cu_q,
         key_rows=key_rows,
-        cu_k=_offsets([num_keys] * len(lengths), device),
-        max_k=num_keys,
+        cu_k=_offsets([num_cells + extra] * len(lengths), device),
+        max_k=num_cells + extra,
         weights=torch.ones(len(rows), device=device),
         key_bias=None,
-        clip_of_sequence=torch.tensor(clips, device=device),
-        sequence_weights=torch.cat(durations).float(),
+        clip_of_sequence=clip_S,
+        sequence_weights=(torch.minimum(next_S, ends_S) - frame_S).float(),
         lengths=lengths,
         first_lengths=lengths,
     )

@@ -41,20 +41,6 @@ class VideoTokens:
         return mask
 
 
-def covering_tokens(positions: Tensor, grid: Grid, given: Tensor | None) -> Tensor:
-    """Which of a clip's tokens stands for each cell: int64 [T', H', W'].
-
-    Args:
-        positions: int32 [N, 3], ordered by (t, y, x).
-        given: `VideoTokens.covering`; None: the latest token at the cell's place.
-    """
-    if given is not None:
-        return given.to(positions.device).long()
-    covering_thw = torch.zeros(grid, dtype=torch.int64, device=positions.device)
-    covering_thw[tuple(positions.long().unbind(1))] = torch.arange(len(positions), device=positions.device)
-    return covering_thw.cummax(0).values  # tokens are ordered by t: the latest one has the largest index
-
-
 class Tokenizer(Protocol):
     """A clip's frames, uint8 [T, 3, H, W], to its tokens; picklable, so that loader workers run it."""
 
@@ -98,6 +84,28 @@ class PackedTokens:
             run_lengths=to_device(self.run_lengths, device),
             cu_seqlens=to_device(self.cu_seqlens, device),
         )
+
+
+def covering_tokens(packed: PackedTokens) -> Tensor:
+    """Which token of the batch stands for each cell: int64 [B, T', H', W'], with T' of the longest clip.
+
+    What a clip's `covering` says, else the latest token at the cell's place. All clips have one H' x W'.
+    """
+    positions, (_, height, width) = packed.positions, packed.grids[0]
+    starts_B = packed.cu_seqlens[:-1].long()
+    clip_N = torch.repeat_interleave(packed.cu_seqlens.diff().long(), output_size=packed.num_tokens)
+    shape = len(packed), max(grid[0] for grid in packed.grids), height, width
+    covering_Bthw = starts_B[:, None, None, None].repeat(1, *shape[1:])
+    covering_Bthw[clip_N, *positions.long().unbind(1)] = torch.arange(
+        packed.num_tokens, device=positions.device
+    )
+    covering_Bthw = covering_Bthw.cummax(
+        1
+    ).values  # tokens are ordered by t: the latest one has the largest index
+    for clip, given in enumerate(packed.coverings):
+        if given is not None:
+            covering_Bthw[clip, : len(given)] = starts_B[clip] + given.to(positions.device)
+    return covering_Bthw
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
