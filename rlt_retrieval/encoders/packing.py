@@ -99,9 +99,8 @@ def covering_tokens(packed: PackedTokens) -> Tensor:
     covering_Bthw[clip_N, *positions.long().unbind(1)] = torch.arange(
         packed.num_tokens, device=positions.device
     )
-    covering_Bthw = covering_Bthw.cummax(
-        1
-    ).values  # tokens are ordered by t: the latest one has the largest index
+    # Tokens are ordered by t: the latest one has the largest index.
+    covering_Bthw = covering_Bthw.cummax(1).values
     for clip, given in enumerate(packed.coverings):
         if given is not None:
             covering_Bthw[clip, : len(given)] = starts_B[clip] + given.to(positions.device)
