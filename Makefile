@@ -44,7 +44,7 @@ format: install
 bench: install
 	$(BIN)/python benchmarks/encode.py $(CLIPS)
 
-# The benchmarks of cost that need no GPU, kept in benchmarks/results/: more than an hour on two cores with VIDEOS=…
+# The benchmarks of cost that need no GPU, kept in benchmarks/results/: more than two hours on two cores with VIDEOS=…
 bench-full: install
 	$(BIN)/python benchmarks/encode.py $(CLIPS) --save
 	$(BIN)/python benchmarks/encode.py $(CLIPS) --save --precision bf16
