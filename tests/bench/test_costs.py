@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_models import repeating_frames, small_model
 from small_towers import small_timm_model
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from rlt_retrieval.bench.costs import EncoderCost, encoder_cost, mean_cost
 from rlt_retrieval.config import RATIO_REDUCERS
@@ -20,6 +20,11 @@ from rlt_retrieval.model import VideoTextModel
 
 W = 32 * 32
 EMBEDDING = 2 * 32 * 192  # a token
+CPU_ATTENTION = {  # torch counts the kernels of GPUs, and a CPU's by the function that chooses it
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *_, out_shape, **__: sdpa_flop_count(q, k, v)
+    )
+}
 
 
 def choice(reducer: str) -> dict[str, Any]:
@@ -41,7 +46,7 @@ def torch_count(model: VideoTextModel, frames: torch.Tensor) -> tuple[dict[str, 
     tokens = pack(
         [model.requires_grad_(False).tokenizer(frames)]
     )  # the counter stumbles over views of parameters
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         model.encode_tokens(tokens)
     for hook in hooks:
         hook.remove()
