@@ -126,9 +126,8 @@ def fastest_of_both(bench: Bench, dense: Mapping[str, Run]) -> tuple[str, str]:
     """The fastest setting with flash attention, which is what ours is held against, and the fastest of all."""
     times = {}
     for name, run in dense.items():
-        with contextlib.suppress(
-            RuntimeError
-        ):  # one that materialises attention may not fit, or have no kernel
+        # One that materialises attention may not fit, or have no kernel.
+        with contextlib.suppress(RuntimeError):
             times[name] = bench.seconds({name: run}, repeats=1)[name]
     flash = [name for name in times if name.endswith(FLASH)]
     return min(flash, key=times.__getitem__), min(times, key=times.__getitem__)
