@@ -7,8 +7,8 @@ come one after the other, as when a folder is indexed. The budget is what --whol
 token kept. "same memory" is the fixed number whose largest batch would stay within it: --whole-clips. "same mean" gives
 as many batches as the budget does. Inference is `embed_clips` in one thread; training is one step of the
 product's own loop (gradient caching joins the micro-batches: all three give the same gradients), AdamW's moments held
-before. Random weights, fp32 on a CPU. Times are medians of alternated repetitions; peak memory is that of a run of its
-own, above what was held before.
+before. Random weights, fp32 on a CPU. Times are medians of alternated repetitions; peak memory is the median of runs of
+their own, above what was held before.
 
 Bars: the budget is not slower than either (SLACK for noise), and peaks lower than the same mean. Below the same memory
 it cannot peak, only reach it.
@@ -109,11 +109,16 @@ def compare(
     runs = {name: with_cut(cut) for name, cut in ways.items()}
     run()
     times = alternated(runs, repeats)
-    peaks = {name: peak_bytes(run, device)[1] for name, run in runs.items()}
+    peaks = [{name: peak_bytes(run, device)[1] for name, run in runs.items()} for _ in range(repeats)]
     return [
-        Way(name, [sum(batch) for batch in cut(rows, int, budget)], times[name], peaks[name])
+        Way(name, [sum(batch) for batch in cut(rows, int, budget)], times[name], _median(peaks, name))
         for name, cut in ways.items()
     ]
+
+
+def _median(peaks: Sequence[Mapping[str, int | None]], name: str) -> int | None:
+    found = [peak[name] for peak in peaks]
+    return None if None in found else round(np.median(found))
 
 
 def measure(trainer: Trainer, whole_clips: int, repeats: int) -> dict[str, list[Way]]:

@@ -147,8 +147,8 @@ def frame_plan(packed: PackedTokens, *, has_cls: bool = True) -> LayoutPlan:
     device, extra = packed.positions.device, int(has_cls)
     frames_B = torch.tensor([grid[0] for grid in packed.grids], device=device)
     longest = max(grid[0] for grid in packed.grids)  # frame t of clip b has the number b * longest + t
-    clip_N = torch.repeat_interleave(packed.cu_seqlens.diff().long(), output_size=packed.num_tokens)
-    counts_F = torch.bincount(clip_N * longest + packed.positions[:, 0], minlength=len(packed) * longest)
+    frame_N = packed.clip_of_token * longest + packed.positions[:, 0]
+    counts_F = torch.bincount(frame_N, minlength=len(packed) * longest)
     frame_S = counts_F.nonzero()[:, 0]
     clip_S, counts_S = frame_S // longest, counts_F[frame_S]
     ends_S = clip_S * longest + frames_B[clip_S]

@@ -74,6 +74,11 @@ class PackedTokens:
     def num_tokens(self) -> int:
         return self.patches.shape[0]
 
+    @property
+    def clip_of_token(self) -> Tensor:
+        """int64 [N], the clip that each token belongs to."""
+        return torch.repeat_interleave(self.cu_seqlens.diff().long(), output_size=self.num_tokens)
+
     def to(self, device: torch.device | str) -> PackedTokens:
         """The same tokens on another device."""
         device = torch.device(device)
@@ -93,10 +98,9 @@ def covering_tokens(packed: PackedTokens) -> Tensor:
     """
     positions, (_, height, width) = packed.positions, packed.grids[0]
     starts_B = packed.cu_seqlens[:-1].long()
-    clip_N = torch.repeat_interleave(packed.cu_seqlens.diff().long(), output_size=packed.num_tokens)
     shape = len(packed), max(grid[0] for grid in packed.grids), height, width
     covering_Bthw = starts_B[:, None, None, None].repeat(1, *shape[1:])
-    covering_Bthw[clip_N, *positions.long().unbind(1)] = torch.arange(
+    covering_Bthw[packed.clip_of_token, *positions.long().unbind(1)] = torch.arange(
         packed.num_tokens, device=positions.device
     )
     # Tokens are ordered by t: the latest one has the largest index.

@@ -216,7 +216,7 @@ class VideoEncoder(nn.Module):
         clip_starts_B = torch.tensor([starts[grid[0]] for grid in packed.grids])
         clip_lengths_B = torch.tensor([grid[0] for grid in packed.grids])
         device = packed.positions.device
-        clip_N = torch.repeat_interleave(packed.cu_seqlens.diff().long(), output_size=packed.num_tokens)
+        clip_N = packed.clip_of_token
         start_N = to_device(clip_starts_B, device)[clip_N]
         length_N = to_device(clip_lengths_B, device)[clip_N]
         time_N = packed.positions[:, 0].long()
@@ -248,15 +248,15 @@ class VideoEncoder(nn.Module):
         wanted = plan.first_rows_only() if is_last else plan
 
         def attend(q_RNH: Tensor, k_RNH: Tensor, v_RNH: Tensor) -> Tensor:
-            seen[:] = q_RNH, k_RNH
+            if self.network_reducer:  # else nothing holds them while the MLP needs its memory
+                seen[:] = q_RNH, k_RNH
             q_RNH = q_RNH.index_select(0, plan.first_rows) if is_last else q_RNH
             return attend_rows(q_RNH, k_RNH, v_RNH, wanted, backend=self.backend)
 
         rotary_RE = None if rotary_ME is None else rotary_ME.index_select(0, plan.rows)
         attention, mlp = self.tower.residuals(block, attend, rotary_RE)
-        change_RD = attention(x_RD)
-        x_RD = x_RD.index_select(0, plan.first_rows) if is_last else x_RD
-        x_RD = x_RD + _scaled(change_RD, wanted, None if scales_PB is None else scales_PB[0])
+        wanted_RD = x_RD.index_select(0, plan.first_rows) if is_last else x_RD
+        x_RD = wanted_RD + _scaled(attention(x_RD), wanted, None if scales_PB is None else scales_PB[0])
         if self.network_reducer and not is_last:
             x_RD, wanted = self.network_reducer.after_attention(index, x_RD, plan, *seen)
         x_RD = x_RD + _scaled(mlp(x_RD), wanted, None if scales_PB is None else scales_PB[1])

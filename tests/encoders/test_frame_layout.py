@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlt_retrieval.encoders.layouts import frame_plan
-from rlt_retrieval.encoders.packing import VideoTokens, pack
+from rlt_retrieval.encoders.packing import VideoTokens, covering_tokens, pack
 from rlt_retrieval.model import VideoTextModel
 
 TOWERS: dict[str, dict[str, Any]] = {
@@ -164,22 +164,27 @@ def test_a_static_clip_costs_one_frame_and_equals_it(tower: str) -> None:
     torch.testing.assert_close(z_BZ[0], z_BZ[1], atol=1e-5, rtol=0)
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=4), st.integers(0, 99))
-def test_every_frame_sees_one_key_a_cell(changes: list[float], seed: int) -> None:
-    """Invariants of the plan: its rows are all tokens once, and each frame's keys its cells in order."""
-    model_free = [
-        tokens_of(repeating_frames(2 + index, change, seed=seed + index))
-        for index, change in enumerate(changes)
-    ]
-    packed = pack(model_free)
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=4), st.integers(0, 99))
+def test_every_frame_sees_the_token_of_each_cell(kinds: list[tuple[float, bool]], seed: int) -> None:
+    """Clips of different lengths, with a covering of their own or without: the plan's rows are all tokens once."""
+    clips = []
+    for index, (change, given_covering) in enumerate(kinds):
+        tokens = tokens_of(repeating_frames(2 + index, change, seed=seed + index))
+        clips.append(two_steps_back(tokens) if given_covering else tokens)
+    packed = pack(clips)
     plan = frame_plan(packed)
     assert plan.rows[plan.rows > 0].tolist() == list(range(1, packed.num_tokens + 1))
     assert float(plan.sequence_weights.sum()) == sum(grid[0] for grid in packed.grids)
     key_rows = torch.arange(len(plan.rows)) if plan.key_rows is None else plan.key_rows
     keys_SK = plan.rows[key_rows].reshape(len(plan.sequence_weights), 17)
     assert (keys_SK[:, 0] == 0).all()
-    _, y, x = packed.positions[keys_SK[:, 1:] - 1].unbind(-1)
-    assert torch.equal(y * 4 + x, torch.arange(16, dtype=torch.int32).expand(len(y), 16))
+    covering_BTC = covering_tokens(packed).flatten(2)
+    expected_SC = []
+    for clip, (tokens, start) in enumerate(zip(clips, packed.cu_seqlens.tolist(), strict=False)):
+        covering_TC = start + covering_of(tokens)
+        assert torch.equal(covering_BTC[clip, : len(covering_TC)], covering_TC)
+        expected_SC.append(covering_TC[tokens.positions[:, 0].unique().long()])
+    assert torch.equal(keys_SK[:, 1:] - 1, torch.cat(expected_SC))
 
 
 def tokens_of(frames_TCHW: Tensor) -> VideoTokens:
