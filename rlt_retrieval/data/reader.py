@@ -4,7 +4,7 @@ Knows FFmpeg (through PyAV), as `data.video` does; nothing else may.
 
 Safety. The bytes are read by Python and handed to FFmpeg, so that neither a file's name nor a playlist inside
 it can make FFmpeg open another file or URL. One thread: frame threads can deadlock when a broken file is
-closed, and the workers already fill the cores.
+closed, give other pictures of a damaged one, and the workers already fill the cores.
 """
 
 import io

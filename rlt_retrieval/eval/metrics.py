@@ -184,17 +184,24 @@ def _chunks(
     step = max(1, PAIRS_PER_CHUNK // similarity_QN.shape[1])
     for start in range(0, len(similarity_QN), step):
         rows = slice(start, start + step)
-        yield rows, np.ascontiguousarray(similarity_QN[rows]), np.ascontiguousarray(relevant_QN[rows])
+        yield rows, _contiguous(similarity_QN[rows]), _contiguous(relevant_QN[rows])
+
+
+def _contiguous(part_QN: NDArray[Any]) -> NDArray[Any]:
+    """In C order. A part of a transposed view is copied as it lies, then turned: a third of the time."""
+    return np.ascontiguousarray(part_QN if part_QN.flags.c_contiguous else part_QN.copy(order="K"))
 
 
 def _ranked_relevancies(
     scores_QN: FloatArray, relevancy_QN: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Relevancies in rank order, ties against the query; for every query whether a tie decided anything."""
-    order_QN = np.argsort(-scores_QN, axis=1)
-    ranked_scores_QN = np.take_along_axis(scores_QN, order_QN, axis=1)
-    ranked_QN = np.take_along_axis(relevancy_QN, order_QN, axis=1)
-    same_as_before = ranked_scores_QN[:, 1:] == ranked_scores_QN[:, :-1]
+    falling_QN = -scores_QN
+    order_QN = np.argsort(falling_QN, axis=1)
+    order_QN += np.arange(0, relevancy_QN.size, relevancy_QN.shape[1])[:, None]
+    ranked_QN = relevancy_QN.take(order_QN)
+    falling_QN.sort(axis=1)  # faster than to take them in their order
+    same_as_before = falling_QN[:, 1:] == falling_QN[:, :-1]
     if not same_as_before.any():
         return ranked_QN, np.zeros(len(ranked_QN), dtype=bool)
     _sort_within_ties(ranked_QN, same_as_before)
